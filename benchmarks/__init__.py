@@ -1,0 +1,1 @@
+"""Speed and program measurements, and the PyTorch peer they measure against; not installed."""
