@@ -1,0 +1,133 @@
+"""The run: step, log, save, evaluate, stop. How any of these is done is somebody else's."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+
+from stvit_jax.checkpoints import Checkpoints
+from stvit_jax.errors import UserError
+from stvit_jax.evaluation import describe
+from stvit_jax.metrics import MetricWriter, duration, say
+from stvit_jax.schedules import Schedule
+from stvit_jax.signals import Stop
+from stvit_jax.training import Batch, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What happens at which step; a step's number is the count of steps done."""
+
+    steps: int  # the run ends here
+    steps_per_epoch: int
+    batch_size: int
+    log_every: int
+    evaluate_every: int  # steps; 0: only at the end
+    checkpoint_every: int
+
+    def logs(self, step: int) -> bool:
+        return step % self.log_every == 0 or step == self.steps
+
+    def saves(self, step: int) -> bool:
+        return step % self.checkpoint_every == 0 or step == self.steps
+
+    def evaluates(self, step: int) -> bool:
+        due = self.evaluate_every and step > 0 and step % self.evaluate_every == 0
+        return bool(due) or step == self.steps
+
+
+def is_done(plan: Plan, step: int, writer: MetricWriter) -> bool:
+    """Whether the plan's last step has been taken, and evaluated."""
+    return step > plan.steps or (step == plan.steps and writer.find(step, "eval/top1") is not None)
+
+
+def train(
+    state: TrainState,
+    batches: Iterator[Batch],
+    *,
+    plan: Plan,
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]],
+    learning_rate: Schedule,
+    evaluate: Callable[[TrainState], dict[str, float] | None],
+    writer: MetricWriter,
+    checkpoints: Checkpoints,
+    stop: Stop,
+) -> int:
+    """Trains from `state` to the end of the plan, or until `stop`; saves what it leaves with.
+
+    An evaluation that was due but never finished (the run before was stopped in it) is made up for
+    at the start.
+
+    Returns:
+      The step that it ended with.
+
+    Raises:
+      UserError: the loss is not finite, or checkpoints cannot be written.
+    """
+    step = int(state.step)
+    losses: dict[int, jax.Array] = {}  # of steps that nobody has looked at
+    mark = (step, time.monotonic())  # since when the speed is measured
+
+    def look(last: int) -> None:
+        """Reads the losses up to step `last`, and reports those that are due."""
+        nonlocal mark
+        values = jax.device_get({s: losses.pop(s) for s in sorted(losses) if s <= last})
+        for s, loss in values.items():
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at step {s}; checkpoints are from before and stay: lower "
+                    "config.learning_rate or try config.dtype=float32, in a new --workdir"
+                )
+            if plan.logs(s):
+                now = time.monotonic()
+                speed = (s - mark[0]) * plan.batch_size / (now - mark[1])
+                mark = (s, now)
+                _report(s, float(loss), float(learning_rate(s - 1)), speed, plan, writer)
+
+    def evaluate_now() -> bool:
+        nonlocal mark
+        if (metrics := evaluate(state)) is not None:
+            writer.write(step, step / plan.steps_per_epoch, metrics)
+            say(f"step {step}/{plan.steps}: {describe(metrics)}")
+        mark = (step, time.monotonic())
+        return metrics is not None
+
+    if plan.evaluates(step) and writer.find(step, "eval/top1") is None:
+        evaluate_now()
+    while step < plan.steps and not stop.requested:
+        state, metrics = train_step(state, next(batches))
+        stop.arm()
+        step += 1
+        losses[step] = metrics["loss"]
+        if plan.logs(step - 1):
+            look(step - 1)  # one step late: the device is already busy with the next
+        if plan.saves(step):
+            look(step)
+            checkpoints.save(step, state)
+            mark = (step, time.monotonic())
+        if plan.evaluates(step):
+            look(step)
+            evaluate_now()
+    look(step)
+    checkpoints.save(step, state)
+    checkpoints.wait()
+    return step
+
+
+def _report(
+    step: int, loss: float, rate: float, speed: float, plan: Plan, writer: MetricWriter
+) -> None:
+    epoch = step / plan.steps_per_epoch
+    metrics = {
+        "train/loss": loss,
+        "train/learning_rate": rate,
+        "train/images_per_second": speed,
+    }
+    writer.write(step, epoch, metrics)
+    left = (plan.steps - step) * plan.batch_size / speed
+    say(
+        f"step {step}/{plan.steps}  epoch {epoch:.2f}  loss {loss:.4f}  lr {rate:.2e}  "
+        f"{speed:.0f} images/s  {duration(left)} left"
+    )

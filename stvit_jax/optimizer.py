@@ -1,0 +1,33 @@
+"""AdamW with the published parameter groups, and the moving average of the weights."""
+
+from typing import Any
+
+import jax
+import optax
+
+from stvit_jax.schedules import Schedule
+
+
+def adamw(learning_rate: Schedule, weight_decay: float) -> optax.GradientTransformation:
+    """Decoupled AdamW: betas 0.9 0.999, eps 1e-8, no clipping, decay where `decay_mask` says."""
+    return optax.adamw(learning_rate, weight_decay=weight_decay, mask=decay_mask)
+
+
+def decay_mask(params: Any) -> Any:
+    """True for leaves that weight decay acts on.
+
+    Published: not on tensors with one dimension, nor on biases. Layer scales are 4-D in PyTorch, so
+    they are decayed; here they have one dimension, hence the rule by name.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key not in ("bias", "scale"), params
+    )
+
+
+def update_average(average: Any, values: Any, decay: float) -> Any:
+    """One step of the moving average over parameters and statistics; no bias correction.
+
+    Integer leaves (BatchNorm's counters) are truncated, as `Tensor.copy_` does in the published
+    code.
+    """
+    return jax.tree.map(lambda a, v: (decay * a + (1 - decay) * v).astype(a.dtype), average, values)

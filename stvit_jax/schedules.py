@@ -1,0 +1,67 @@
+"""Values that change by epoch: learning rate and drop path, as functions of the optimiser step."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Schedule = Callable[[int | jax.Array], float | jax.Array]
+
+
+def learning_rate(
+    base: float,
+    minimum: float,
+    warmup_from: float,
+    warmup_epochs: int,
+    epochs: int,
+    steps_per_epoch: int,
+) -> Schedule:
+    """Cosine per epoch with linear warm-up, as published (timm 0.5.4, stepped after each epoch).
+
+    f(t) = warmup_from + t (base - warmup_from) / W for t < W, else
+    minimum + (base - minimum)/2 (1 + cos(pi t / T)). Stepping after an epoch makes epochs 0 and 1
+    both train at f(0), and epoch e >= 1 at f(e - 1).
+
+    Args:
+      base: peak rate, already scaled by batch / 512.
+      minimum: the cosine's end, not scaled.
+      warmup_from: rate of the first epoch, not scaled.
+      warmup_epochs: W.
+      epochs: T.
+      steps_per_epoch: optimiser steps in an epoch.
+
+    Returns:
+      A function of the 0-based step: a float of a Python integer, an array of a traced one.
+    """
+
+    def of(t: int) -> float:
+        if t < warmup_epochs:
+            return warmup_from + t * (base - warmup_from) / warmup_epochs
+        return minimum + 0.5 * (base - minimum) * (1 + math.cos(math.pi * t / epochs))
+
+    return by_epoch([of(max(epoch - 1, 0)) for epoch in range(epochs)], steps_per_epoch)
+
+
+def drop_path(
+    rate: float, changes: Sequence[tuple[int, float]], epochs: int, steps_per_epoch: int
+) -> Schedule:
+    """Drop-path rate of a step: `rate`, then from each (epoch, rate) of `changes` on, its rate."""
+    rates = [rate] * epochs
+    for start, changed in sorted(changes):
+        rates[start:] = [changed] * len(rates[start:])
+    return by_epoch(rates, steps_per_epoch)
+
+
+def by_epoch(values: Sequence[float], steps_per_epoch: int) -> Schedule:
+    """`values[epoch]` of a step; the last value holds past the end."""
+    table = np.asarray(values, np.float64)
+
+    def of_step(step: int | jax.Array) -> float | jax.Array:
+        epoch = step // steps_per_epoch
+        if isinstance(step, jax.Array):
+            return jnp.asarray(table)[jnp.minimum(epoch, len(table) - 1)]
+        return float(table[min(epoch, len(table) - 1)])
+
+    return of_step

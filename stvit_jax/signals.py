@@ -1,0 +1,74 @@
+"""Stopping on SIGTERM and SIGINT, in one process.
+
+Python runs signal handlers between two of its own instructions, so a handler waits for as long as a
+compilation lasts. Here the C-level handler writes the signal's number into a pipe and a thread
+reads it at once: before training has begun there is nothing to lose and the thread ends the
+process; later it sets a flag, and the loop saves and returns. A second signal ends at once.
+
+Imports nothing heavy: `train.py` calls `install` before it imports anything else.
+"""
+
+import os
+import signal
+import sys
+import threading
+from multiprocessing import active_children
+
+STOPPED = 75  # exit code: stopped early, state saved, the same command continues (EX_TEMPFAIL)
+
+
+class Stop:
+    """Whether the run has been asked to stop."""
+
+    def __init__(self) -> None:
+        self._requested = threading.Event()
+        self._armed = threading.Event()
+
+    @property
+    def requested(self) -> bool:
+        return self._requested.is_set()
+
+    def arm(self) -> None:
+        """From now on there is something to save: a signal sets `requested` and nothing else."""
+        self._armed.set()
+
+    def _receive(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if self._requested.is_set():
+            _exit(128 + number, f"{name} again: stopped at once, the last step was not saved")
+        self._requested.set()
+        if not self._armed.is_set():
+            _exit(STOPPED, f"{name}: stopped before the first step; the same command continues")
+        _say(f"{name}: saving after this step (once more: stop at once)")
+
+
+def install() -> Stop:
+    """Takes over SIGTERM and SIGINT; call in the main thread."""
+    stop = Stop()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watched = (signal.SIGTERM, signal.SIGINT)
+    for number in watched:
+        signal.signal(number, lambda *_: None)  # without a Python handler nothing is written
+
+    def watch() -> None:
+        while True:
+            for number in os.read(reader, 1):
+                if number in watched:
+                    stop._receive(number)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+    return stop
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _exit(code: int, message: str) -> None:
+    for child in active_children():  # os._exit leaves loader processes behind
+        child.kill()
+    _say(message)
+    sys.stdout.flush()
+    os._exit(code)
