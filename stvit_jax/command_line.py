@@ -32,16 +32,22 @@ def run(act: Callable[[ConfigDict, Path], int]) -> None:
 
     app.run(
         guarded(lambda _: act(_CONFIG.value, Path(_WORKDIR.value).absolute())),
-        flags_parser=guarded(_parse),
+        flags_parser=guarded(parse),
     )
 
 
-def _parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str]) -> list[str]:
+    """Absl's parsing of the flags; returns what is left.
+
+    Raises:
+      UserError: a mistake in the command line or in the config file that it names.
+    """
     try:
         rest = flags.FLAGS(argv)
+        missing = flags.FLAGS.config is None or flags.FLAGS.workdir is None  # reports a bad file
     except Exception as error:  # ml_collections lets whatever it meets through
         raise UserError(_explain(argv, error)) from error
-    if flags.FLAGS.config is None or flags.FLAGS.workdir is None:
+    if missing:
         raise UserError("write: python train.py --config configs/NAME.py --workdir DIR")
     if flags.FLAGS["verbosity"].using_default_value:
         logging.set_verbosity(logging.WARNING)  # libraries log dozens of lines of information

@@ -19,6 +19,7 @@ _MAY_DIFFER = (
     "eval_only",
     "data.workers",
     "data.dir",
+    "data.max_bad_fraction",
     "checkpoint_every",
     "checkpoint_keep",
 )
@@ -48,6 +49,7 @@ def base() -> ConfigDict:
     config.data.dir = ""  # "": where tfds keeps its data sets
     config.data.workers = 8  # loader processes of a host; 0 loads in the training process
     config.data.repeats = 3  # repeated augmentation; 1: off
+    config.data.max_bad_fraction = 0.01  # of images that do not decode, before the run stops
     config.data.flip = True  # mirror half of the training images
 
     config.batch_size = 1024  # global, over all devices and hosts
@@ -68,8 +70,10 @@ def base() -> ConfigDict:
     config.drop_path_schedule = ()  # ((epoch, rate), ...): from that epoch on
     config.freeze_batch_norm = False  # fine-tuning: running statistics used and kept, no drop path
     config.dtype = "bfloat16"  # of compute; float32, float64
+    config.init_from = ""  # .pth, .safetensors, converted directory or workdir to start from
+    config.init_from_ema = False  # take its moving average
     config.seed = 0
-    config.eval_only = False
+    config.eval_only = False  # evaluate what the workdir, or init_from, holds
 
     config.log_every = 50  # steps
     config.eval_every_epochs = 1  # 0: only at the end
@@ -106,9 +110,9 @@ def validate(config: ConfigDict) -> None:
     for field, least in at_least.items():
         if not field_of(config, field) >= least:  # NaN, too
             _fail(field, field_of(config, field), f"it must be at least {least}")
-    for field in ("ema_decay", "label_smoothing"):
-        if not 0 <= config[field] < 1:
-            _fail(field, config[field], "it must be in [0, 1)")
+    for field in ("ema_decay", "label_smoothing", "data.max_bad_fraction"):
+        if not 0 <= field_of(config, field) < 1:
+            _fail(field, field_of(config, field), "it must be in [0, 1)")
     for field, known in {
         "dtype": ("bfloat16", "float32", "float64"),
         "data.source": ("tfds", "folder", "fake"),

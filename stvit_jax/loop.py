@@ -112,7 +112,11 @@ def train(
             evaluate_now()
     look(step)
     checkpoints.save(step, state)
-    checkpoints.wait()
+    if checkpoints.wait() != step:
+        raise UserError(
+            f"step {step} could not be saved, see above; free some space, and the same command "
+            "continues from the checkpoint before"
+        )
     return step
 
 

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -50,6 +51,29 @@ def no_tensorflow(tmp_path: Path) -> dict[str, str]:
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('blocked')\n")
     return {"PYTHONPATH": str(package.parent)}
+
+
+@pytest.fixture(scope="session")
+def random_variables() -> Callable[..., dict[str, Any]]:
+    """Non-trivial float32 variables of a network, without compiling its initialisation."""
+
+    def draw(model: Any, image_size: int = 32) -> dict[str, Any]:
+        images = jax.ShapeDtypeStruct((1, image_size, image_size, model.in_chans), np.float32)
+        rng = np.random.default_rng(0)
+
+        def leaf(path: tuple, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+            name = path[-1].key
+            if name == "count":
+                return np.zeros((), np.int32)
+            if name in ("scale", "var", "gamma_1", "gamma_2"):
+                return rng.uniform(0.5, 1.5, shape.shape).astype(np.float32)
+            fan_in = np.prod(shape.shape[:-1]) if name == "kernel" else 100
+            return rng.normal(0, fan_in**-0.5, shape.shape).astype(np.float32)
+
+        abstract = jax.eval_shape(model.init, jax.random.key(0), images)
+        return jax.tree_util.tree_map_with_path(leaf, abstract)
+
+    return draw
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,140 @@
+"""Converts weights between PyTorch and this project, and shows what was taken, left and written.
+
+    python convert_torch_weights.py INPUT --output OUTPUT [--model NAME] [--ema] [--verify]
+
+INPUT is a `.pth` or `.safetensors` file with PyTorch names, a directory that this program wrote, or
+the workdir of a run. OUTPUT: `.pth` or `.safetensors` with PyTorch names (the published code loads
+`model` of the former with strict=True), or else an Orbax directory.
+
+A published variant is recognised by its shapes, and what this program wrote carries its settings.
+Any other network is stated as a variant and what differs from it, by the published names:
+
+    --model stvit_small --embed_dim=16,32,48,64 --depths=1,2,2,1 --num_heads=1,2,3,4 ...
+"""
+
+import argparse
+import ast
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stvit_jax import torch_weights, weights
+from stvit_jax.errors import UserError
+from stvit_jax.metrics import say
+from stvit_jax.model import list_models
+from stvit_jax.settings import SETTINGS, create
+
+_TOLERANCE = 1e-9  # of the largest logit, in float64
+
+
+def convert(
+    source: Path, output: Path, *, ema: bool, model: str | None, verify: bool, **overrides: Any
+) -> None:
+    """Reads, identifies, writes and reports.
+
+    Raises:
+      UserError: anything that keeps the output from being exactly the input in another form.
+    """
+    found = weights.read(source, ema)
+    say(f"input      {found.source}\n  sha256   {sha256(found.source)}")
+    found = weights.identify(found, model, **overrides)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(found.variables["params"]))
+    say(
+        f"found      {found.settings['name']}, {found.settings['num_classes']} classes, "
+        f"{parameters:,} parameters, {'moving average' if ema else 'raw weights'}"
+    )
+    for entry, reason in found.ignored.items():
+        say(f"  ignored  {entry}: {reason}")
+    weights.write(output, found)
+    say(f"output     {output}\n  sha256   {sha256(output)}")
+    if verify:
+        say(f"verify     {compare(found, weights.read(output))}")
+
+
+def compare(before: weights.Weights, after: weights.Weights) -> str:
+    """The PyTorch model of `before` next to the Flax model of `after`, on random images.
+
+    Both in float64, where only a mistake is larger than 1e-9.
+
+    Raises:
+      UserError: the logits differ, or there is no PyTorch or no checkout to compare with.
+    """
+    try:
+        import torch
+
+        from benchmarks import torch_stvit
+    except ImportError as error:
+        raise UserError(f"--verify needs PyTorch and a checkout of this project: {error}") from None
+    settings = {k: v for k, v in before.settings.items() if k != "name"}
+    images = np.random.default_rng(0).normal(size=(2, 224, 224, settings["in_chans"]))
+    peer = torch_stvit.STViT(**settings).double().eval()
+    state_dict = torch_weights.to_torch(before.variables)
+    peer.load_state_dict({k: torch.from_numpy(v) for k, v in state_dict.items()}, strict=True)
+    with torch.no_grad():
+        theirs = peer(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        model = create(after.settings, dtype=jnp.float64)
+        variables = jax.tree.map(
+            lambda x: x.astype(np.float64) if x.ndim else x, weights.identify(after).variables
+        )
+        ours = np.asarray(jax.jit(model.apply)(variables, images))
+    difference, largest = np.max(np.abs(ours - theirs)), np.max(np.abs(theirs))
+    report = f"PyTorch and Flax in float64: largest difference {difference:.1e}, logits up to "
+    report += f"{largest:.1e}"
+    if not difference <= _TOLERANCE * largest:
+        raise UserError(f"{report}: they do not agree")
+    return report
+
+
+def sha256(path: Path) -> str:
+    """Of a file, or of the names and contents of all files in a directory, in sorted order."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    lines = "".join(f"{sha256(p)}  {p.relative_to(path).as_posix()}\n" for p in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _setting(text: str) -> Any:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number, True, False or list") from None
+    return tuple(value) if isinstance(value, list) else value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("input", type=Path, metavar="INPUT")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--model", metavar="NAME", help=", ".join(list_models()))
+    parser.add_argument("--ema", action="store_true", help="take the moving average")
+    parser.add_argument("--verify", action="store_true", help="run both networks on random images")
+    for field in SETTINGS:
+        parser.add_argument(f"--{field}", type=_setting, help="overrides the one of --model")
+    args = vars(parser.parse_args(argv))
+    overrides = {f: args.pop(f) for f in SETTINGS}
+    overrides = {field: value for field, value in overrides.items() if value is not None}
+    if overrides and not args["model"]:
+        parser.error("overrides need --model")
+    try:
+        convert(args.pop("input"), **args, **overrides)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Runs `train.py` as a user does: a process, a workdir, signals."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# A narrow network: what is tested is the program around it.
+NARROW = (
+    "--config.model.embed_dim=(8, 8, 16, 16)",
+    "--config.model.depths=(1, 1, 1, 1)",
+    "--config.model.num_heads=(1, 1, 2, 2)",
+    "--config.model.projection=16",
+)
+
+
+class Program:
+    """One run of train.py; `wait` gives the exit code, `output` all that was printed."""
+
+    def __init__(
+        self, workdir: Path, *flags: str, config: str = "configs/digits.py", **environment: str
+    ) -> None:
+        command = [sys.executable, "train.py", "--config", config, "--workdir", str(workdir)]
+        self.output = ""
+        self._process = subprocess.Popen(
+            [*command, *flags],
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def read_until(self, pattern: str) -> None:
+        """Reads the console up to a line that matches."""
+        for line in self._process.stdout:
+            self.output += line
+            if re.search(pattern, line):
+                return
+        raise AssertionError(f"{pattern!r} was never printed:\n{self.output}")
+
+    def send(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def wait(self, timeout: float = 300) -> int:
+        output, _ = self._process.communicate(timeout=timeout)
+        self.output += output
+        return self._process.returncode
+
+
+def metrics(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def values(workdir: Path, key: str) -> dict[int, float]:
+    """What was written under `key`, by step."""
+    return {line["step"]: line[key] for line in metrics(workdir) if key in line}
+
+
+def digests(workdir: Path, step: int) -> dict[str, str]:
+    """The digest of every leaf of a checkpoint."""
+    meta = json.loads((workdir / f"checkpoints/{step}/meta/metadata").read_text())
+    return meta["digests"]

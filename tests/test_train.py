@@ -1,0 +1,225 @@
+"""train.py as a process on the digits: what it leaves, and that it survives being stopped."""
+
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.program import NARROW, Program, digests, metrics, values
+
+STEPS = 30  # an epoch has 22
+
+
+@pytest.fixture(scope="module")
+def start(digits_dir, tmp_path_factory):
+    """Starts the program; all runs of the module share compiled programs."""
+    cache = tmp_path_factory.mktemp("compiled")
+
+    def start(workdir: Path, *flags: str, **environment: str) -> Program:
+        common = (
+            *NARROW,
+            f"--config.data.dir={digits_dir}",
+            "--config.batch_size=64",
+            f"--config.steps={STEPS}",
+            "--config.log_every=1",
+            "--config.eval_every_epochs=1",
+            "--config.checkpoint_every=1000",
+        )
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(cache)} | environment
+        return Program(workdir, *common, *flags, **environment)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def straight(start, tmp_path_factory) -> Path:
+    """The workdir of a run that nobody stopped."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    program = start(workdir)
+    assert program.wait() == 0, program.output
+    assert program.output.splitlines()[-1].startswith(f"done: step {STEPS} of {STEPS}, raw top-1")
+    assert program.output.splitlines()[-1].endswith(f"see {workdir}")
+    return workdir
+
+
+def assert_equal_runs(workdir: Path, straight: Path) -> None:
+    assert digests(workdir, STEPS) == digests(straight, STEPS)
+    for key in ("train/loss", "train/learning_rate", "eval/top1", "eval_ema/loss"):
+        assert values(workdir, key) == values(straight, key), key
+    steps = [line["step"] for line in metrics(workdir) if "train/loss" in line]
+    assert steps == list(range(1, STEPS + 1))  # no line twice, none missing
+
+
+def test_what_a_run_leaves(straight):
+    assert {path.name for path in straight.iterdir()} >= {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+    }
+    assert list(straight.glob("events.out.tfevents.*"))
+    assert [path.name for path in (straight / "checkpoints").iterdir()] == [str(STEPS)]
+    lines = metrics(straight)
+    evaluations = [line for line in lines if "eval/top1" in line]
+    assert [line["step"] for line in evaluations] == [22, 30]
+    for line in evaluations:
+        for name in ("eval", "eval_ema"):
+            assert line[f"{name}/count"] == 360 and line[f"{name}/unreadable"] == 0
+            assert 0 <= line[f"{name}/top1"] <= line[f"{name}/top5"] <= 1
+    assert set(lines[0]) == {
+        "step",
+        "epoch",
+        "train/loss",
+        "train/learning_rate",
+        "train/images_per_second",
+    }
+
+
+def test_the_same_command_on_a_finished_run_does_nothing(start, straight):
+    before = digests(straight, STEPS), (straight / "metrics.jsonl").read_text()
+    program = start(straight)
+    assert program.wait() == 0
+    assert "nothing left to do" in program.output
+    assert (digests(straight, STEPS), (straight / "metrics.jsonl").read_text()) == before
+
+
+def test_evaluation_alone_gives_the_same_counts_for_any_batch_size(start, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    program = start(tmp_path / "run", "--config.eval_only=True", "--config.batch_size=100")
+    assert program.wait() == 0, program.output
+    last, before = metrics(tmp_path / "run")[-1], metrics(straight)[-1]
+    for key in ("eval/top1", "eval/top5", "eval/count", "eval_ema/top1", "eval_ema/top5"):
+        assert last[key] == before[key], key
+    assert last["eval/loss"] == pytest.approx(before["eval/loss"], rel=1e-5)
+
+
+def test_stopped_at_random_steps_ends_with_the_same_bits(start, straight, tmp_path):
+    rng = random.Random(time.time_ns())
+    stops = sorted(rng.sample(range(2, STEPS - 2), 2))
+    print("stopping after steps", stops)
+    for stop, number in zip(stops, (signal.SIGTERM, signal.SIGINT), strict=True):
+        program = start(tmp_path)
+        program.read_until(rf"step {stop}/{STEPS} ")
+        program.send(number)
+        assert program.wait(30) == 75, program.output
+        assert "the same command continues" in program.output
+        step = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+        assert stop <= step <= stop + 3
+    program = start(tmp_path)
+    assert program.wait() == 0, program.output
+    assert f"continuing after step {step}" in program.output
+    assert_equal_runs(tmp_path, straight)
+
+
+def test_killed_at_random_loses_at_most_one_interval(start, straight, tmp_path):
+    rng = random.Random(time.time_ns())
+    kill = rng.randrange(12, STEPS - 2)
+    program = start(tmp_path, "--config.checkpoint_every=5")
+    program.read_until(rf"step {kill}/{STEPS} ")
+    program.send(signal.SIGKILL)
+    assert program.wait() == -9
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 29, "train/lo')  # a line that was being written
+    program = start(tmp_path, "--config.checkpoint_every=5")
+    program.read_until("continuing after step")
+    step = int(program.output.split()[-1])
+    assert kill - 10 <= step <= kill + 2  # the interval, and the save in flight
+    assert program.wait() == 0, program.output
+    assert_equal_runs(tmp_path, straight)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(start, straight, tmp_path):
+    program = start(tmp_path, "--config.checkpoint_every=10", "--config.steps=20")
+    assert program.wait() == 0, program.output
+    largest = max((tmp_path / "checkpoints/20").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    program = start(tmp_path)
+    assert program.wait() == 0, program.output
+    named = [line for line in program.output.splitlines() if "checkpoints/20 is damaged" in line]
+    assert len(named) == 1
+    assert "continuing after step 10" in program.output
+    assert_equal_runs(tmp_path, straight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step_ends_at_once(start, tmp_path, number):
+    program = start(tmp_path, JAX_COMPILATION_CACHE_DIR="")
+    program.read_until("stvit_tiny on 1 x cpu")  # from here it creates and compiles for a while
+    sent = time.monotonic()
+    program.send(number)
+    assert program.wait(30) == 75, program.output
+    assert time.monotonic() - sent < 30
+    assert f"{number.name}: stopped before the first step" in program.output
+
+
+def test_an_interrupted_evaluation_is_repeated(start, straight, tmp_path):
+    flags = ("--config.batch_size=8", "--config.steps=20")  # 45 batches to evaluate
+    program = start(tmp_path, *flags)
+    program.read_until(r"step 20/20 ")
+    program.send(signal.SIGTERM)
+    assert program.wait(30) == 75, program.output
+    assert not values(tmp_path, "eval/top1")
+    program = start(tmp_path, *flags)
+    assert program.wait() == 0, program.output
+    assert values(tmp_path, "eval/count") == {20: 360}
+    assert len(values(tmp_path, "train/loss")) == 20
+
+
+def test_a_second_signal_ends_at_once(start, tmp_path):
+    program = start(tmp_path, "--config.steps=0")
+    program.read_until("step 3/")
+    program.send(signal.SIGTERM)
+    program.read_until("SIGTERM: saving")
+    program.send(signal.SIGTERM)
+    assert program.wait(30) in (128 + 15, 75)  # 75: the save was quicker
+
+
+def test_trains_where_tensorflow_is_missing(start, straight, tmp_path, no_tensorflow):
+    workdir = tmp_path / "run"
+    data = f"--config.data.dir={tmp_path / 'data'}"
+    program = start(workdir, data, **no_tensorflow)
+    assert program.wait() == 0, program.output
+    assert program.output.count("no TensorBoard files") == 1
+    assert not list(workdir.glob("events*"))
+    assert_equal_runs(workdir, straight)
+
+
+def test_eight_devices_give_the_losses_of_one(start, straight, tmp_path):
+    flags = "--xla_force_host_platform_device_count=8"
+    program = start(tmp_path, "--config.steps=20", XLA_FLAGS=flags)
+    assert program.wait() == 0, program.output
+    assert "on 8 x cpu" in program.output
+    one, eight = values(straight, "train/loss"), values(tmp_path, "train/loss")
+    for step in range(1, 21):
+        assert eight[step] == pytest.approx(one[step], rel=1e-5), step
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--config.batch_sizee=64",), "config.batch_sizee; did you mean config.batch_size?"),
+        (("--config.data.name=digit",), "'digit' is not a tfds data set: did you mean digits"),
+        (("--config.seed=1",), "config.seed is 1, was 0"),
+    ],
+)
+def test_mistakes_fail_in_one_line(start, straight, tmp_path, flags, message):
+    before = digests(straight, STEPS)
+    workdir = straight if "seed" in flags[0] else tmp_path / "new"
+    program = start(workdir, *flags)
+    assert program.wait(60) == 1
+    assert "Traceback" not in program.output
+    assert program.output.startswith("error: ") and message in program.output
+    assert len(program.output.splitlines()) == 1
+    assert digests(straight, STEPS) == before
+
+
+@pytest.mark.slow
+def test_the_embedded_default_learns(digits_dir, tmp_path):
+    program = Program(tmp_path, f"--config.data.dir={digits_dir}")
+    assert program.wait(600) == 0, program.output
+    assert metrics(tmp_path)[-1]["eval/top1"] >= 0.97
+    assert metrics(tmp_path)[-1]["eval_ema/top1"] >= 0.97
