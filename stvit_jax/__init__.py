@@ -9,7 +9,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_EXPORTS = {"create_model": "model", "list_models": "model"}
+_EXPORTS = {"create_model": "model", "list_models": "model", "load_weights": "weights"}
 _MODULES = ("augment", "data", "schedules", "torch_weights")
 __all__ = [*_EXPORTS, *_MODULES]
 

@@ -42,12 +42,12 @@ def parse(argv: list[str]) -> list[str]:
     Raises:
       UserError: a mistake in the command line or in the config file that it names.
     """
+    _check_config_file(argv)
     try:
         rest = flags.FLAGS(argv)
-        missing = flags.FLAGS.config is None or flags.FLAGS.workdir is None  # reports a bad file
     except Exception as error:  # ml_collections lets whatever it meets through
         raise UserError(_explain(argv, error)) from error
-    if missing:
+    if flags.FLAGS["config"].value is None or flags.FLAGS.workdir is None:
         raise UserError("write: python train.py --config configs/NAME.py --workdir DIR")
     if flags.FLAGS["verbosity"].using_default_value:
         logging.set_verbosity(logging.WARNING)  # libraries log dozens of lines of information
@@ -56,13 +56,18 @@ def parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def _explain(argv: list[str], error: Exception) -> str:
-    for i, argument in enumerate(argv):
+def _check_config_file(argv: list[str]) -> None:
+    """Ml_collections takes a missing file for a config, and fails at its first use."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         if match := re.match(r"--?config(?:=(.*))?\Z", argument):
-            path = (match.group(1) or "".join(argv[i + 1 : i + 2])).split(":")[0]
+            path = (match.group(1) or following).split(":")[0]
             if not Path(path).is_file():
-                known = ", ".join(sorted(map(str, Path("configs").glob("*.py"))))
-                return f"there is no config {path!r}; here are: {known or 'no configs'}"
+                known = ", ".join(sorted(map(str, Path("configs").glob("[!_]*.py"))))
+                raise UserError(f"there is no config {path!r}; here are: {known or 'none'}")
+
+
+def _explain(argv: list[str], error: Exception) -> str:
+    for argument in argv:
         if match := re.match(r"--?(?:no)?config\.([\w.]+)", argument):
             if unknown := _unknown_field(match.group(1)):
                 return unknown

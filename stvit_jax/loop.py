@@ -26,6 +26,7 @@ class Plan:
     log_every: int
     evaluate_every: int  # steps; 0: only at the end
     checkpoint_every: int
+    max_bad_fraction: float  # of images that do not decode
 
     def logs(self, step: int) -> bool:
         return step % self.log_every == 0 or step == self.steps
@@ -67,32 +68,42 @@ def train(
       UserError: the loss is not finite, or checkpoints cannot be written.
     """
     step = int(state.step)
-    losses: dict[int, jax.Array] = {}  # of steps that nobody has looked at
+    waiting: dict[int, dict[str, jax.Array]] = {}  # of steps that nobody has looked at
+    unreadable = seen = 0
     mark = (step, time.monotonic())  # since when the speed is measured
 
     def look(last: int) -> None:
-        """Reads the losses up to step `last`, and reports those that are due."""
-        nonlocal mark
-        values = jax.device_get({s: losses.pop(s) for s in sorted(losses) if s <= last})
-        for s, loss in values.items():
-            if not math.isfinite(loss):
+        """Reads the metrics up to step `last`, and reports those that are due."""
+        nonlocal mark, unreadable, seen
+        values = jax.device_get({s: waiting.pop(s) for s in sorted(waiting) if s <= last})
+        for s, metrics in values.items():
+            if not math.isfinite(metrics["loss"]):
                 raise UserError(
-                    f"the loss is {loss} at step {s}; checkpoints are from before and stay: lower "
-                    "config.learning_rate or try config.dtype=float32, in a new --workdir"
+                    f"the loss is {metrics['loss']} at step {s}; checkpoints are from before and "
+                    "stay: lower config.learning_rate or try config.dtype=float32, in a new "
+                    "--workdir"
+                )
+            unreadable, seen = unreadable + int(metrics["unreadable"]), seen + plan.batch_size
+            # A few in the first batches are no measure yet.
+            if unreadable > plan.max_bad_fraction * max(seen, 1000):
+                raise UserError(
+                    f"{unreadable} of {seen} images do not decode, more than "
+                    f"config.data.max_bad_fraction {plan.max_bad_fraction}: mend the data set, or "
+                    "raise it"
                 )
             if plan.logs(s):
                 now = time.monotonic()
                 speed = (s - mark[0]) * plan.batch_size / (now - mark[1])
                 mark = (s, now)
-                _report(s, float(loss), float(learning_rate(s - 1)), speed, plan, writer)
+                rate = float(learning_rate(s - 1))
+                _report(s, float(metrics["loss"]), rate, speed, unreadable, plan, writer)
 
-    def evaluate_now() -> bool:
+    def evaluate_now() -> None:
         nonlocal mark
         if (metrics := evaluate(state)) is not None:
             writer.write(step, step / plan.steps_per_epoch, metrics)
             say(f"step {step}/{plan.steps}: {describe(metrics)}")
         mark = (step, time.monotonic())
-        return metrics is not None
 
     if plan.evaluates(step) and writer.find(step, "eval/top1") is None:
         evaluate_now()
@@ -100,7 +111,7 @@ def train(
         state, metrics = train_step(state, next(batches))
         stop.arm()
         step += 1
-        losses[step] = metrics["loss"]
+        waiting[step] = metrics
         if plan.logs(step - 1):
             look(step - 1)  # one step late: the device is already busy with the next
         if plan.saves(step):
@@ -121,7 +132,13 @@ def train(
 
 
 def _report(
-    step: int, loss: float, rate: float, speed: float, plan: Plan, writer: MetricWriter
+    step: int,
+    loss: float,
+    rate: float,
+    speed: float,
+    unreadable: int,
+    plan: Plan,
+    writer: MetricWriter,
 ) -> None:
     epoch = step / plan.steps_per_epoch
     metrics = {
@@ -129,9 +146,10 @@ def _report(
         "train/learning_rate": rate,
         "train/images_per_second": speed,
     }
-    writer.write(step, epoch, metrics)
+    writer.write(step, epoch, metrics | ({"train/unreadable": unreadable} if unreadable else {}))
     left = (plan.steps - step) * plan.batch_size / speed
     say(
         f"step {step}/{plan.steps}  epoch {epoch:.2f}  loss {loss:.4f}  lr {rate:.2e}  "
         f"{speed:.0f} images/s  {duration(left)} left"
+        + (f"  {unreadable} images did not decode" if unreadable else "")
     )

@@ -13,10 +13,10 @@ class MetricWriter:
     TensorFlow takes seconds to import, so everything for TensorBoard happens in a thread.
     """
 
-    def __init__(self, workdir: Path, step: int) -> None:
-        """Opens the files to go on after `step`; later and half-written lines are removed."""
+    def __init__(self, workdir: Path, step: int | None = None) -> None:
+        """Opens the files; to go on after `step`, later and half-written lines are removed."""
         path = workdir / "metrics.jsonl"
-        lines = [line for line in _read(path) if line["step"] <= step]
+        lines = [line for line in _read(path) if step is None or line["step"] <= step]
         whole = path.with_suffix(".tmp")
         whole.write_text("".join(json.dumps(line) + "\n" for line in lines))
         whole.replace(path)

@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from stvit_jax import config as configs
-from stvit_jax import loop, optimizer, parallel, schedules, training
+from stvit_jax import loop, optimizer, parallel, schedules, settings, training, weights
 from stvit_jax.augment import augment_batch
 from stvit_jax.checkpoints import Checkpoints
-from stvit_jax.data.loader import device_prefetch, eval_batches, train_batches
+from stvit_jax.data.loader import DevicePrefetch, device_prefetch, eval_batches, train_batches
 from stvit_jax.data.order import Order
-from stvit_jax.data.sources import open_source
+from stvit_jax.data.sources import Source, open_source
 from stvit_jax.errors import UserError
 from stvit_jax.evaluation import describe, evaluate
 from stvit_jax.metrics import MetricWriter, say
@@ -44,11 +44,25 @@ def run(config: ConfigDict, workdir: Path, stop: Stop) -> int:
         open_source(config.data.source, config.data.name, config.data.dir, train=train)
         for train in (True, False)
     )
+    model = _model(config, len(train_source.class_names))
+    if config.eval_only:
+        return _evaluate(config, workdir, model, eval_source, mesh, stop)
+    return _train(config, workdir, model, train_source, eval_source, mesh, stop)
+
+
+def _train(
+    config: ConfigDict,
+    workdir: Path,
+    model: STViT,
+    train_source: Source,
+    eval_source: Source,
+    mesh: Mesh,
+    stop: Stop,
+) -> int:
     order = Order(
         len(train_source), config.batch_size, config.group_size, config.data.repeats, config.seed
     )
     plan = _plan(config, order.steps_per_epoch)
-    model = _model(config, len(train_source.class_names))
     learning_rate = _learning_rate(config, order.steps_per_epoch)
     tx = optimizer.adamw(learning_rate, config.weight_decay)
     _open_workdir(config, workdir)
@@ -57,46 +71,34 @@ def run(config: ConfigDict, workdir: Path, stop: Stop) -> int:
         f"{config.data.name}: {len(train_source)} images to train on, {len(eval_source)} to "
         f"evaluate on; workdir {workdir}"
     )
-
     with contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint_keep)
         stack.callback(checkpoints.close)
         create = partial(
             training.init_state, model, tx, image_size=config.image_size, ema=config.ema_decay > 0
         )
-        state = _state(config, create, checkpoints, mesh)
+        state = _state(config, model, create, checkpoints, mesh)
         step = int(state.step)
         writer = MetricWriter(workdir, step)
         stack.callback(writer.close)
-        if not config.eval_only and loop.is_done(plan, step, writer):
+        if loop.is_done(plan, step, writer):
             say(f"nothing left to do: {_result(step, plan, writer, workdir)}")
             return 0
-
-        loading = dict(
-            image_size=config.image_size,
-            slots=parallel.own_slots(config.batch_size),
-            workers=config.data.workers,
+        # From here on images are loaded, while the programs are being compiled.
+        batches = device_prefetch(
+            train_batches(
+                train_source, order, flip=config.data.flip, start=step, **_loading(config)
+            ),
+            parallel.by_image(mesh),
         )
-        put = partial(device_prefetch, sharding=parallel.by_image(mesh))
-        if not config.eval_only:
-            # From here on images are loaded, while the programs are being compiled.
-            batches = put(
-                train_batches(train_source, order, flip=config.data.flip, start=step, **loading)
-            )
-            stack.callback(batches.close)
-        compile_step = partial(_compile, config=config, mesh=mesh)
-        eval_step = compile_step(training.make_eval_step(model), state.variables)
+        stack.callback(batches.close)
+        eval_step = _compile(training.make_eval_step(model), state.variables, config, mesh)
 
         def evaluate_now(state: training.TrainState) -> dict[str, float] | None:
             variables = {"eval": state.variables} | ({"eval_ema": state.ema} if state.ema else {})
-            loader = put(eval_batches(eval_source, batch_size=config.batch_size, **loading))
-            with contextlib.closing(loader):
+            with contextlib.closing(_eval_loader(config, eval_source, mesh)) as loader:
                 return evaluate(eval_step, variables, loader, len(eval_source), stop)
 
-        if config.eval_only:
-            writer.write(step, step / plan.steps_per_epoch, evaluate_now(state))
-            say(f"evaluated: {_result(step, plan, writer, workdir)}")
-            return 0
         train_step = training.make_train_step(
             model,
             tx,
@@ -115,7 +117,7 @@ def run(config: ConfigDict, workdir: Path, stop: Stop) -> int:
             state,
             batches,
             plan=plan,
-            train_step=compile_step(train_step, state, training_step=True),
+            train_step=_compile(train_step, state, config, mesh, train=True),
             learning_rate=learning_rate,
             evaluate=evaluate_now,
             writer=writer,
@@ -129,6 +131,36 @@ def run(config: ConfigDict, workdir: Path, stop: Stop) -> int:
         return 0
 
 
+def _evaluate(
+    config: ConfigDict, workdir: Path, model: STViT, source: Source, mesh: Mesh, stop: Stop
+) -> int:
+    """Evaluates `init_from`, or the newest checkpoint of the workdir, raw and EMA; only reads."""
+    path = Path(config.init_from or workdir)
+    found = {"eval": weights.read(path, config.init_from_ema)}
+    if not config.init_from and config.ema_decay:
+        found["eval_ema"] = weights.read(path, ema=True)
+    variables = {}
+    for name, read in found.items():
+        weights.check_heads(model, read)
+        if weights.has_other_head(settings.abstract(model), read):
+            raise UserError(
+                f"{read.source} has a head for another number of classes than the "
+                f"{model.num_classes} of {config.data.name}: there is nothing to evaluate"
+            )
+        merged = weights.merge(settings.abstract(model), read)
+        variables[name] = jax.device_put(merged, parallel.replicated(mesh))
+    say(f"evaluating {found['eval'].source} on {len(source)} images of {config.data.name}")
+    eval_step = _compile(training.make_eval_step(model), variables["eval"], config, mesh)
+    with contextlib.closing(_eval_loader(config, source, mesh)) as loader:
+        metrics = evaluate(eval_step, variables, loader, len(source), stop)
+    _make(workdir)
+    step = int(found["eval"].source.name) if found["eval"].source.name.isdecimal() else 0
+    with contextlib.closing(MetricWriter(workdir)) as writer:
+        writer.write(step, 0.0, metrics)
+    say(f"evaluated: {describe(metrics)}; see {workdir / 'metrics.jsonl'}")
+    return 0
+
+
 def _plan(config: ConfigDict, steps_per_epoch: int) -> loop.Plan:
     return loop.Plan(
         steps=min(config.epochs * steps_per_epoch, config.steps or sys.maxsize),
@@ -137,12 +169,13 @@ def _plan(config: ConfigDict, steps_per_epoch: int) -> loop.Plan:
         log_every=config.log_every,
         evaluate_every=config.eval_every_epochs * steps_per_epoch,
         checkpoint_every=config.checkpoint_every,
+        max_bad_fraction=config.data.max_bad_fraction,
     )
 
 
 def _model(config: ConfigDict, classes: int) -> STViT:
-    settings = configs.model_settings(config)
-    if settings.setdefault("num_classes", classes) != classes:
+    overrides = configs.model_settings(config)
+    if overrides.setdefault("num_classes", classes) != classes:
         raise UserError(
             f"config.model.num_classes is {config.model.num_classes}, but {config.data.name} has "
             f"{classes} classes: leave it out, or set {classes}"
@@ -151,7 +184,7 @@ def _model(config: ConfigDict, classes: int) -> STViT:
         config.model.name,
         dtype=jnp.dtype(config.dtype),
         group_size=config.group_size,
-        **settings,
+        **overrides,
     )
 
 
@@ -177,29 +210,43 @@ def _augmentation(config: ConfigDict, num_classes: int, mesh: Mesh) -> training.
     )
 
 
+def _loading(config: ConfigDict) -> dict[str, Any]:
+    return dict(
+        image_size=config.image_size,
+        slots=parallel.own_slots(config.batch_size),
+        workers=config.data.workers,
+    )
+
+
+def _eval_loader(config: ConfigDict, source: Source, mesh: Mesh) -> DevicePrefetch:
+    batches = eval_batches(source, batch_size=config.batch_size, **_loading(config))
+    return device_prefetch(batches, parallel.by_image(mesh))
+
+
 def _open_workdir(config: ConfigDict, workdir: Path) -> None:
     """Creates the workdir, or checks that the run in it has this recipe; notes the config."""
     recipe = workdir / "config.json"
-    if config.eval_only:
-        if not workdir.is_dir():
-            raise UserError(f"--workdir {workdir} does not exist: there is nothing to evaluate")
-        return
     if recipe.exists() and any(workdir.glob("checkpoints/[0-9]*")):
         configs.check_same_recipe(config, recipe)
+    _make(workdir)
+    configs.write(config, recipe)
+
+
+def _make(workdir: Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        configs.write(config, recipe)
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}") from error
 
 
 def _state(
     config: ConfigDict,
+    model: STViT,
     create: Callable[[jax.Array], training.TrainState],
     checkpoints: Checkpoints,
     mesh: Mesh,
 ) -> training.TrainState:
-    """The newest sound checkpoint's state, or a new one."""
+    """The newest sound checkpoint's state, or a new one, from `init_from` where that is given."""
     key, whole = jax.random.key(config.seed), parallel.replicated(mesh)
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
@@ -209,26 +256,27 @@ def _state(
         step, state = restored
         say(f"continuing after step {step}")
         return state
-    if config.eval_only:
-        raise UserError("config.eval_only: the workdir holds no checkpoint; train first")
+    found = weights.read(config.init_from, config.init_from_ema) if config.init_from else None
     # Hundreds of small random draws, run once: optimising them takes LLVM longer than all the rest.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     options = quick if jax.default_backend() == "cpu" else None
-    return jax.jit(create, out_shardings=whole, compiler_options=options)(key)
+    state = jax.jit(create, out_shardings=whole, compiler_options=options)(key)
+    if found is None:
+        return state
+    weights.check_heads(model, found)
+    variables = jax.device_put(weights.merge(state.variables, found), whole)
+    say(f"starting from {found.source}")
+    # A copy: two leaves of one donated state must not share a buffer.
+    return state.replace(**variables, ema=jax.tree.map(jnp.copy, variables) if state.ema else {})
 
 
 def _compile(
-    step: Callable,
-    state: Any,
-    *,
-    config: ConfigDict,
-    mesh: Mesh,
-    training_step: bool = False,
+    step: Callable, state: Any, config: ConfigDict, mesh: Mesh, train: bool = False
 ) -> Callable:
     start = time.monotonic()
-    batch = training.abstract_batch(config.batch_size, config.image_size, training_step)
-    compiled = training.compile_step(step, state, batch, mesh, donate=training_step)
-    what = "training" if training_step else "evaluation"
+    batch = training.abstract_batch(config.batch_size, config.image_size, train)
+    compiled = training.compile_step(step, state, batch, mesh, donate=train)
+    what = "training" if train else "evaluation"
     say(f"compiled the {what} step in {time.monotonic() - start:.0f} s")
     return compiled
 

@@ -39,7 +39,7 @@ _ALLOWED = _STORAGES | {
 
 
 def read(path: Path) -> Any:
-    """What `torch.save` wrote to `path`; its tensors are views of the file until `arrays`.
+    """What `torch.save` wrote to `path`, with torch's tensors.
 
     Memory stays within a small multiple of the file's size, whatever its headers say.
 
@@ -55,9 +55,11 @@ def read(path: Path) -> Any:
     kinds = [type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?")]
     try:
         with torch.serialization.safe_globals([argparse.Namespace, np.dtype, *kinds, *scalars]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises anything on damaged files
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        # Torch begins with the advice to trust the file.
+        text = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())
+        reason = text[:200] or type(error).__name__
         raise UserError(f"{path} is damaged, or not what torch.save writes: {reason}") from error
 
 

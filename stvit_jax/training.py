@@ -73,7 +73,8 @@ def make_train_step(
       freeze_batch_norm: the published fine-tuning: inference mode, while all parameters train.
 
     Returns:
-      (state, batch of "image" uint8 (B, S, S, 3) and "label" (B,)) to (state, {"loss": ()}).
+      (state, batch of "image" uint8 (B, S, S, 3), "label" (B,) and "replaced" (B,)) to (state,
+      {"loss", "unreadable": how many images did not decode}).
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -109,7 +110,8 @@ def make_train_step(
             state = state.replace(
                 ema=optimizer.update_average(state.ema, state.variables, ema_decay)
             )
-        return state, {"loss": loss}
+        # The first readable image after a damaged one stands in for it.
+        return state, {"loss": loss, "unreadable": jnp.sum(batch["replaced"] > 0)}
 
     return train_step
 

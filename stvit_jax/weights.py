@@ -318,7 +318,8 @@ def _read_workdir(path: Path, ema: bool) -> Weights:
                 args = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
                 args = ocp.args.Composite(state=args)
                 state = checkpointer.restore(step.absolute(), args=args).state
-            with jax.enable_x64(True):
+            wide = any(x.dtype.itemsize == 8 for x in jax.tree.leaves(state))
+            with jax.enable_x64(wide or jax.config.jax_enable_x64):
                 if leaf_digests(jax.tree.map(jnp.asarray, state))[0] != digests:
                     raise ValueError("its digests are not those it was saved with")
         except UserError:

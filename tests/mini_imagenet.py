@@ -15,14 +15,13 @@ from stvit_jax.data.sources import open_source
 from stvit_jax.errors import UserError
 
 VALIDATION = 24
-TRAIN = 80
+TRAIN = 1056
 UNREADABLE = 7  # the number of the picture, in both splits, that is cut short
 
 
 def class_names() -> list[str]:
-    """The WordNet id of each validation picture, by tfds's own list; training has the same."""
-    labels = resources.files("tensorflow_datasets") / "datasets/imagenet2012/validation_labels.txt"
-    return labels.read_text().split()[:VALIDATION]
+    """The WordNet ids of all classes, sorted."""
+    return _tfds_list("labels.txt")
 
 
 def picture(number: int, label: int) -> bytes:
@@ -41,44 +40,38 @@ def picture(number: int, label: int) -> bytes:
 
 def pictures() -> dict[str, dict[str, bytes]]:
     """By split (`train`, `val`) and `WNID/FILE` the encoded pictures."""
-    of_validation = class_names()
-    classes = sorted(set(of_validation))
-    train = {
-        f"{classes[i % len(classes)]}/{classes[i % len(classes)]}_{i}.JPEG": picture(
-            i, i % len(classes)
-        )
-        for i in range(TRAIN)
-    }
-    val = {
-        f"{name}/ILSVRC2012_val_{i + 1:08}.JPEG": picture(i, classes.index(name))
-        for i, name in enumerate(of_validation)
-    }
+    classes = class_names()
+    train = {}
+    for number in range(TRAIN):  # of every class, so that folders have them all
+        label = number % len(classes)
+        train[f"{classes[label]}/{classes[label]}_{number}.JPEG"] = picture(number, label)
+    val = {}
+    for number, name in enumerate(_tfds_list("validation_labels.txt")[:VALIDATION]):
+        file = f"ILSVRC2012_val_{number + 1:08}.JPEG"
+        val[f"{name}/{file}"] = picture(number, classes.index(name))
     return {"train": train, "val": val}
 
 
 def write_folders(root: Path) -> Path:
     """The pictures as class folders under `root/train` and `root/val`.
 
-    Folders without a picture are no classes, so those that the miniature lacks get a black pixel:
-    with 1,000 classes the program is the one that tfds's set compiles.
+    An empty folder is no class, so those that have no picture to validate with get a black one.
     """
-    names = resources.files("tensorflow_datasets") / "datasets/imagenet2012/labels.txt"
-    pixel = io.BytesIO()
-    Image.new("RGB", (1, 1)).save(pixel, "JPEG")
-    for split, files in pictures().items():
-        filled = {name.split("/")[0] for name in files}
-        lacking = set(names.read_text().split()) - filled
-        for name, data in (
-            files | {f"{wnid}/0.JPEG": pixel.getvalue() for wnid in lacking}
-        ).items():
-            path = root / split / name
+    split = pictures()
+    black = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(black, "JPEG")
+    empty = set(class_names()) - {name.split("/")[0] for name in split["val"]}
+    split["val"] |= {f"{name}/black.JPEG": black.getvalue() for name in empty}
+    for folder, files in split.items():
+        for name, data in files.items():
+            path = root / folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
     return root
 
 
 def write_tars(root: Path) -> Path:
-    """The pictures as ILSVRC2012_img_train.tar, of a tar file per class, and ILSVRC2012_img_val.tar."""
+    """The pictures as ILSVRC2012_img_train.tar (tar files of classes), ILSVRC2012_img_val.tar."""
     root.mkdir(parents=True)
     split = pictures()
     by_class: dict[str, dict[str, bytes]] = {}
@@ -119,3 +112,8 @@ def prepare(root: Path) -> Path:
     done = subprocess.run([sys.executable, flag, program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return data_dir
+
+
+def _tfds_list(name: str) -> list[str]:
+    path = resources.files("tensorflow_datasets") / "datasets/imagenet2012" / name
+    return path.read_text().split()

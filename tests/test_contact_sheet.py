@@ -1,0 +1,83 @@
+"""The contact sheet: the loader's images before, the augmented ones after, true captions."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stvit_jax import contact_sheet
+from stvit_jax.contact_sheet import GAP, GROUP_SIZE, GROUPS, LINE, TILE
+from stvit_jax.data.loader import train_batches
+from stvit_jax.data.order import Order
+from stvit_jax.data.sources import open_source
+
+ROOT = Path(__file__).parents[1]
+PLAIN = ("--config.augment.mixup=False",)
+
+
+def tile(sheet: Image.Image, group: int, slot: int, after: bool) -> np.ndarray:
+    left = GAP + group * (2 * TILE + 3 * GAP) + after * (TILE + GAP)
+    top = LINE + 2 * GAP + slot * (TILE + 2 * LINE + GAP)
+    return np.asarray(sheet.crop((left, top, left + TILE, top + TILE)), np.int32)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
+    """Runs the command with these arguments; returns the file that it was to write."""
+
+    def run(*arguments: str) -> Path:
+        output = tmp_path / "sheet.png"
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["contact_sheet", *arguments, "--output", str(output)])
+        contact_sheet.main()
+        return output
+
+    return run
+
+
+def test_shows_every_image_of_the_batch_before_and_after(run, digits_dir: Path) -> None:
+    where = f"--config.data.dir={digits_dir}"
+    sheet = Image.open(run("configs/digits.py", where, *PLAIN, "--config.data.repeats=3"))
+    source = open_source("tfds", "digits", str(digits_dir), train=True)
+    order = Order(len(source), GROUPS * GROUP_SIZE, GROUP_SIZE, repeats=3)
+    batches = train_batches(source, order, image_size=32, flip=False)
+    images = next(batches)["image"]
+    batches.close()
+    for number, image in enumerate(images):
+        expected = np.asarray(Image.fromarray(image).resize((TILE, TILE), Image.Resampling.NEAREST))
+        for after in (False, True):  # without augmentation both are the image
+            shown = tile(sheet, *divmod(number, GROUP_SIZE), after)
+            np.testing.assert_allclose(shown, expected, atol=after)
+
+
+def test_augmentation_shows_in_the_second_of_a_pair(run, digits_dir: Path) -> None:
+    erased = "--config.augment.erasing_probability=1.0"
+    where = f"--config.data.dir={digits_dir}"
+    sheet = Image.open(run("configs/digits.py", where, *PLAIN, erased))
+    for group in range(GROUPS):
+        before, after = tile(sheet, group, 0, False), tile(sheet, group, 0, True)
+        assert 0.01 < np.mean(np.abs(before - after) > 20) < 0.5
+
+
+def test_captions_name_what_an_image_is_trained_on() -> None:
+    mixed = np.array([0.02, 0.29, 0.02, 0.67])
+    assert contact_sheet._labels(mixed, tuple("abcd"), 0.08) == ["d: 0.67", "b: 0.29"]
+    assert contact_sheet._labels(np.array([0.95, 0.05]), tuple("ab"), 0.1) == ["a: 0.95"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["configs/digit.py"], "there is no config 'configs/digit.py'"),
+        (["configs/digits.py", "--config.image_sise=3"], "image_sise"),
+        (["configs/digits.py", "--config.data.source=folder"], "train does not exist"),
+        (["configs/stvit_small.py:385"], "config argument '385' is unknown"),
+    ],
+)
+def test_mistakes_are_one_line(run, arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert message in str(stopped.value) and "\n" not in str(stopped.value)
