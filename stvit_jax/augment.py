@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from stvit_jax.data.normalize import normalize
+from stvit_jax.data.normalization import normalize
 from stvit_jax.rand_augment import apply_op, rand_augment
 
 __all__ = ["apply_op", "augment_batch", "mixup_cutmix", "rand_augment", "random_erasing"]

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from stvit_jax import config as configs
 from stvit_jax.augment import augment_batch
 from stvit_jax.data.loader import train_batches
-from stvit_jax.data.normalize import MEAN, STD
+from stvit_jax.data.normalization import MEAN, STD
 from stvit_jax.data.order import Order
 from stvit_jax.data.sources import open_source
 from stvit_jax.errors import UserError

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from stvit_jax import optimizer, parallel
-from stvit_jax.data.normalize import normalize
+from stvit_jax.data.normalization import normalize
 from stvit_jax.model import STViT
 from stvit_jax.schedules import Schedule
 

@@ -13,7 +13,7 @@ import pytest
 import scipy.stats
 
 from stvit_jax import augment
-from stvit_jax.data import normalize as normalization
+from stvit_jax.data import normalization
 
 MANY = 20_000
 

@@ -1,12 +1,17 @@
 """The ImageNet recipe through train.py: tfds's own imagenet2012 in miniature, and class folders."""
 
+import argparse
+import ast
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from stvit_jax import torch_weights
 from stvit_jax.data.sources import open_source
+from stvit_jax.model import create_model
 from tests import mini_imagenet
 from tests.program import NARROW, Program, digests, values
 
@@ -20,8 +25,6 @@ SMALL = (
     "--config.data.max_bad_fraction=0.1",
 )
 STEPS, STOP = 4, 2  # an epoch has 64
-# The tests' own choice, not the program's: less of a compiler's time.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,6 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
             *flags,
             config="configs/stvit_small.py",
             JAX_COMPILATION_CACHE_DIR=cache,
-            XLA_FLAGS=QUICK,
         )
         assert program.wait() == 0, program.output
         return program.output
@@ -125,3 +127,59 @@ def test_resumes_bit_exactly_in_mid_epoch_with_other_workers(
         assert values(workdir, key) == values(straight, key)
     for key in ("eval/loss", "eval_ema/loss"):
         assert values(workdir, key)[STEPS] == values(straight, key)[STEPS]
+
+
+@pytest.fixture(scope="module")
+def published(random_variables, tmp_path_factory) -> Callable[[str], Path]:
+    """A training checkpoint in the published form, of a narrow variant with random weights."""
+
+    def write(name: str) -> Path:
+        flags = (flag.removeprefix("--config.model.").split("=") for flag in NARROW)
+        narrow = {field: ast.literal_eval(value) for field, value in flags}
+        variables = random_variables(create_model(name, num_classes=1000, **narrow), image_size=64)
+        state = {k: torch.from_numpy(v) for k, v in torch_weights.to_torch(variables).items()}
+        path = tmp_path_factory.mktemp(name) / "checkpoint.pth"
+        contents = {
+            "model": state,
+            "model_ema": state,
+            "optimizer": {"state": {}, "param_groups": [{"lr": 1e-5}]},
+            "lr_scheduler": {"updates": 300},
+            "scaler": {"scale": 65536.0},
+            "epoch": 299,
+            "max_accuracy": 83.6,
+            "args": argparse.Namespace(model=name, batch_size=128, mixup=0.8),
+        }
+        torch.save(contents, path)
+        return path
+
+    return write
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stvit_small", "stvit_base", "stvit_large"])
+@pytest.mark.parametrize(
+    ("argument", "from_weights", "eval_only"),
+    [("", True, True), (":384", True, True), ("", False, False), (":384", True, False)],
+    ids=["evaluate 224", "evaluate 384", "train 224", "fine-tune 384"],
+)
+def test_a_published_command(
+    published, tfds_dir, tmp_path, name, argument, from_weights, eval_only
+) -> None:
+    """The twelve of the published README, each on a narrow network at the recipe's resolution."""
+    flags = [f"--config.init_from={published(name)}"] if from_weights else []
+    flags += ["--config.eval_only=True"] if eval_only else ["--config.steps=1"]
+    program = Program(
+        tmp_path / "run",
+        *NARROW,
+        *flags,
+        f"--config.data.dir={tfds_dir}",
+        "--config.data.workers=0",
+        "--config.batch_size=8",
+        "--config.group_size=4",
+        config=f"configs/{name}.py{argument}",
+    )
+    assert program.wait(600) == 0, program.output
+    assert ("checkpoint.pth" in program.output) == from_weights
+    step = 0 if eval_only else 1
+    assert values(tmp_path / "run", "eval/count") == {step: mini_imagenet.VALIDATION}
+    assert bool(values(tmp_path / "run", "train/loss")) != eval_only

@@ -80,8 +80,20 @@ def test_training_step_of_the_small_networks(small_network):
         assert error(ours[name.split("/")[-1]], golden[name]) <= 1e-9, name
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-8), ("float32", 1e-4)])
-@pytest.mark.parametrize("name", ["stvit_small", "stvit_base", "stvit_large"])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name, dtype, tolerance",
+    [
+        ("stvit_small", "float64", 1e-8),
+        ("stvit_small", "float32", 1e-4),
+        ("stvit_base", "float64", 1e-8),
+        pytest.param("stvit_base", "float32", 1e-4, marks=slow),
+        pytest.param("stvit_large", "float64", 1e-8, marks=slow),
+        pytest.param("stvit_large", "float32", 1e-4, marks=slow),
+    ],
+)
 def test_published_variants(name, dtype, tolerance, data_dir, golden_state):
     model = stvit_jax.create_model(name, dtype=jnp.dtype(dtype))
     variables = torch_weights.from_torch(golden_state(name))

@@ -4,10 +4,16 @@ import random
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+import stvit_jax
+from stvit_jax import settings, weights
+from stvit_jax.data.sources import open_source
 from tests.program import NARROW, Program, digests, metrics, values
 
 STEPS = 30  # an epoch has 22
@@ -75,6 +81,23 @@ def test_what_a_run_leaves(straight):
         "train/learning_rate",
         "train/images_per_second",
     }
+
+
+def test_the_trained_network_really_samples(straight, digits_dir):
+    """The association of the sampled stages is not the uniform 1/9."""
+    found = weights.identify(weights.read(straight))
+    model = settings.create(found.settings)
+    source = open_source("tfds", "digits", str(digits_dir), train=False)
+    images = np.stack([stvit_jax.data.eval_image(source[i][0], 32) for i in range(8)])
+    apply = partial(model.apply, method="feature_maps", mutable=["intermediates"])
+    _, state = jax.jit(apply)(found.variables, stvit_jax.data.normalize(images))
+    for stage in ("layers_0", "layers_1"):
+        attn = state["intermediates"][stage]["blocks_0"]["attn"]
+        association = np.asarray(attn["association"][0])
+        assert association.shape[1:3] == (2, 2)
+        own = association[..., 4]  # the cell that the pixel lies in
+        assert np.abs(association - 1 / 9).max() > 0.1
+        assert own.std() > 0.02  # and it differs between pixels
 
 
 def test_the_same_command_on_a_finished_run_does_nothing(start, straight):
@@ -204,12 +227,14 @@ def test_eight_devices_give_the_losses_of_one(start, straight, tmp_path):
         (("--config.batch_sizee=64",), "config.batch_sizee; did you mean config.batch_size?"),
         (("--config.data.name=digit",), "'digit' is not a tfds data set: did you mean digits"),
         (("--config.seed=1",), "config.seed is 1, was 0"),
+        (("--config.batch_size=60",), "batch_size 60 is not divisible by the 8 devices"),
+        (("--config.model.num_classes=5",), "num_classes is 5, but digits has 10 classes"),
     ],
 )
 def test_mistakes_fail_in_one_line(start, straight, tmp_path, flags, message):
     before = digests(straight, STEPS)
     workdir = straight if "seed" in flags[0] else tmp_path / "new"
-    program = start(workdir, *flags)
+    program = start(workdir, *flags, XLA_FLAGS="--xla_force_host_platform_device_count=8")
     assert program.wait(60) == 1
     assert "Traceback" not in program.output
     assert program.output.startswith("error: ") and message in program.output

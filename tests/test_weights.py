@@ -188,7 +188,18 @@ def test_workdir_of_a_run(workdir, tiny, caplog):
         expected = jax.tree.map(lambda x, by=by: x + by if x.ndim else x, tiny.variables)
         assert_bits_equal(found.variables, expected)
 
-    # A damaged one is passed over and left alone.
+    # A damaged one is passed over and left alone: values that are not the saved ones, ...
+    meta = path / "checkpoints/5/meta/metadata"
+    sound = meta.read_text()
+    digests = json.loads(sound)["digests"]
+    meta.write_text(sound.replace(digests["params/head/bias"], "0123456789abcdef"))
+    assert weights.read(path).source.name == "3"
+    assert "checkpoints/5 is damaged: its digests are not those it was saved with" in caplog.text
+    assert weights.read(path, ema=True).source.name == "5"
+    meta.write_text(sound)
+
+    # ... files that cannot be decoded.
+    caplog.clear()
     for file in (path / "checkpoints/5/state/d").iterdir():
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1

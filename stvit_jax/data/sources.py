@@ -60,7 +60,7 @@ def open_source(source: str, name: str, data_dir: str, *, train: bool) -> Source
       UserError: there is no such set, or it is not prepared, or not one of labelled images.
     """
     if source == "tfds":
-        return _open_tfds(name, data_dir, train)
+        return open_tfds(name, data_dir, train=train)
     if source == "folder":
         return _open_folder(Path(data_dir), train)
     if source == "fake":
@@ -109,7 +109,8 @@ class TfdsSource(Source):
         return str(parts[bisect.bisect_right(ends, index)].filename)
 
 
-def _open_tfds(name: str, data_dir: str, train: bool) -> TfdsSource:
+def open_tfds(name: str, data_dir: str, *, train: bool, label_key: str | None = None) -> TfdsSource:
+    """As `open_source`; `label_key` names another feature than the set's own label."""
     from stvit_jax.data import digits  # imports tfds, also where TensorFlow is blocked
 
     if name == "digits":
@@ -130,7 +131,7 @@ def _open_tfds(name: str, data_dir: str, train: bool) -> TfdsSource:
             f"tfds data set {name!r} has no split {' or '.join(wanted)} "
             f"(it has {', '.join(splits)}): choose another data.name"
         )
-    image_key, label_key, class_names = _image_and_label(name, builder.info)
+    image_key, label_key, class_names = _image_and_label(name, builder.info, label_key)
     import tensorflow_datasets as tfds
 
     records = builder.as_data_source(
@@ -159,7 +160,7 @@ def _find_prepared(name: str, data_dir: str) -> Any:
         )
     where = f", data_dir={data_dir!r}" if data_dir else ""
     manual, note = "", ""
-    if base == "imagenet2012":
+    if base in ("imagenet2012", "imagenet2012_real"):
         manual = ", download_config=tfds.download.DownloadConfig(manual_dir='MANUAL_DIR')"
         note = (
             ", where MANUAL_DIR holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar "
@@ -173,11 +174,14 @@ def _find_prepared(name: str, data_dir: str) -> Any:
     )
 
 
-def _image_and_label(name: str, info: Any) -> tuple[str, str, tuple[str, ...]]:
+def _image_and_label(
+    name: str, info: Any, label_key: str | None
+) -> tuple[str, str, tuple[str, ...]]:
     """(image feature, label feature, class names) of a set; UserError where it has none."""
     import tensorflow_datasets as tfds
 
-    image_key, label_key = (info.supervised_keys or ("image", "label"))[:2]
+    image_key, usual_label_key = (info.supervised_keys or ("image", "label"))[:2]
+    label_key = label_key or usual_label_key
     features = info.features if isinstance(info.features, tfds.features.FeaturesDict) else {}
     for key, kind in ((image_key, tfds.features.Image), (label_key, tfds.features.ClassLabel)):
         if not (key in features and isinstance(features[key], kind)):
