@@ -73,7 +73,8 @@ def _explain(argv: list[str], error: Exception) -> str:
                 return unknown
     lines = str(error).strip().splitlines()
     if "Traceback" in str(error):  # of the config file; its last line says what is wrong
-        return f"{lines[0].split(': Error whilst')[0]}: {lines[-1].strip()}"
+        reason = lines[-1].strip().removeprefix("stvit_jax.errors.UserError: ")
+        return f"{lines[0].split(': Error whilst')[0]}: {reason}"
     return " ".join(lines)
 
 

@@ -73,6 +73,7 @@ def base() -> ConfigDict:
     config.init_from = ""  # .pth, .safetensors, converted directory or workdir to start from
     config.init_from_ema = False  # take its moving average
     config.seed = 0
+    config.robustness = ()  # data sets to evaluate how far a model carries, see robustness.py
     config.eval_only = False  # evaluate what the workdir, or init_from, holds
 
     config.log_every = 50  # steps

@@ -14,7 +14,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from stvit_jax import config as configs
-from stvit_jax import loop, optimizer, parallel, schedules, settings, training, weights
+from stvit_jax import (
+    loop,
+    optimizer,
+    parallel,
+    robustness,
+    schedules,
+    settings,
+    training,
+    weights,
+)
 from stvit_jax.augment import augment_batch
 from stvit_jax.checkpoints import Checkpoints
 from stvit_jax.data.loader import DevicePrefetch, device_prefetch, eval_batches, train_batches
@@ -37,6 +46,8 @@ def run(config: ConfigDict, workdir: Path, stop: Stop) -> int:
       UserError: a mistake in the config, the data or the workdir.
     """
     configs.validate(config)
+    if config.robustness:
+        return robustness.run(config, workdir, stop)
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     mesh = parallel.make_mesh(config.batch_size)

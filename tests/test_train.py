@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+import convert_torch_weights
 import stvit_jax
 from stvit_jax import settings, weights
 from stvit_jax.data.sources import open_source
@@ -116,6 +117,37 @@ def test_evaluation_alone_gives_the_same_counts_for_any_batch_size(start, straig
     for key in ("eval/top1", "eval/top5", "eval/count", "eval_ema/top1", "eval_ema/top5"):
         assert last[key] == before[key], key
     assert last["eval/loss"] == pytest.approx(before["eval/loss"], rel=1e-5)
+
+
+def test_converted_to_pth_and_back_it_evaluates_to_the_same_counts(start, straight, tmp_path):
+    pth, back = tmp_path / "weights.pth", tmp_path / "back"
+    assert convert_torch_weights.main([str(straight), "--output", str(pth)]) == 0
+    assert convert_torch_weights.main([str(pth), "--output", str(back)]) == 0
+    before = metrics(straight)[-1]
+    for path in (pth, back):
+        workdir = tmp_path / f"eval_{path.name}"
+        program = start(workdir, "--config.eval_only=True", f"--config.init_from={path}")
+        assert program.wait() == 0, program.output
+        (line,) = metrics(workdir)
+        for key in ("eval/top1", "eval/top5", "eval/loss", "eval/count"):
+            assert line[key] == before[key], key
+        assert "eval_ema/top1" not in line  # a file holds one set of weights
+
+
+def test_starts_from_weights_and_a_checkpoint_beats_them(start, straight, tmp_path):
+    flags = ("--config.steps=2", f"--config.init_from={straight}", "--config.init_from_ema=True")
+    program = start(tmp_path, *flags)
+    assert program.wait() == 0, program.output
+    assert f"starting from {straight / 'checkpoints' / str(STEPS)}" in program.output
+    assert values(tmp_path, "train/loss")[1] != values(straight, "train/loss")[1]
+    program = start(tmp_path, *flags)
+    assert program.wait() == 0
+    assert "nothing left to do" in program.output
+    program = start(tmp_path / "ema", "--config.eval_only=True", *flags)
+    assert program.wait() == 0, program.output
+    (line,), before = metrics(tmp_path / "ema"), metrics(straight)[-1]
+    for key in ("top1", "top5", "loss"):
+        assert line[f"eval/{key}"] == before[f"eval_ema/{key}"], key
 
 
 def test_stopped_at_random_steps_ends_with_the_same_bits(start, straight, tmp_path):
