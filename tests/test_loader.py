@@ -250,7 +250,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("end", ["kill", "exit"])
+@pytest.mark.parametrize("end", ["kill", pytest.param("exit", marks=pytest.mark.slow)])
 def test_workers_ignore_signals_and_end_with_their_parent(
     digits_dir: Path, tmp_path: Path, end: str
 ) -> None:

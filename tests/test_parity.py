@@ -88,7 +88,7 @@ slow = pytest.mark.slow
     [
         ("stvit_small", "float64", 1e-8),
         ("stvit_small", "float32", 1e-4),
-        ("stvit_base", "float64", 1e-8),
+        pytest.param("stvit_base", "float64", 1e-8, marks=slow),
         pytest.param("stvit_base", "float32", 1e-4, marks=slow),
         pytest.param("stvit_large", "float64", 1e-8, marks=slow),
         pytest.param("stvit_large", "float32", 1e-4, marks=slow),

@@ -121,7 +121,12 @@ def test_training_step_matches_the_published_code(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["stvit_small", "stvit_base", pytest.param("stvit_large", marks=pytest.mark.slow)]
+    "name",
+    [
+        "stvit_small",
+        pytest.param("stvit_base", marks=pytest.mark.slow),
+        pytest.param("stvit_large", marks=pytest.mark.slow),
+    ],
 )
 def test_variants_match_the_published_code(name):
     model, numbers = golden(name)

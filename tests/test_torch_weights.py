@@ -10,7 +10,11 @@ import stvit_jax
 from stvit_jax import torch_weights
 from stvit_jax.errors import UserError
 
-MODELS = ["stvit_small", "stvit_base", "stvit_large"]
+MODELS = [
+    "stvit_small",
+    pytest.param("stvit_base", marks=pytest.mark.slow),
+    pytest.param("stvit_large", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("name", [*MODELS, "tiny", "tiny_iter"])
