@@ -131,6 +131,8 @@ def validate(config: ConfigDict) -> None:
     for change in config.drop_path_schedule:
         if len(change) != 2 or not 0 <= change[1] < 1:
             _fail("drop_path_schedule", config.drop_path_schedule, "write ((epoch, rate), ...)")
+    if config.model.in_chans not in (None, 3):
+        _fail("model.in_chans", config.model.in_chans, "pictures are read as RGB; leave it out")
     model_settings(config)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import jax
 
@@ -65,9 +66,10 @@ def train(
       The step that it ended with.
 
     Raises:
-      UserError: the loss is not finite, or checkpoints cannot be written.
+      UserError: the loss is not finite, checkpoints cannot be written, or the data are at fault
+        (then the last step is saved first).
     """
-    step = int(state.step)
+    step = start = int(state.step)
     waiting: dict[int, dict[str, jax.Array]] = {}  # of steps that nobody has looked at
     unreadable = seen = 0
     mark = (step, time.monotonic())  # since when the speed is measured
@@ -84,13 +86,6 @@ def train(
                     "--workdir"
                 )
             unreadable, seen = unreadable + int(metrics["unreadable"]), seen + plan.batch_size
-            # A few in the first batches are no measure yet.
-            if unreadable > plan.max_bad_fraction * max(seen, 1000):
-                raise UserError(
-                    f"{unreadable} of {seen} images do not decode, more than "
-                    f"config.data.max_bad_fraction {plan.max_bad_fraction}: mend the data set, or "
-                    "raise it"
-                )
             if plan.logs(s):
                 now = time.monotonic()
                 speed = (s - mark[0]) * plan.batch_size / (now - mark[1])
@@ -98,9 +93,29 @@ def train(
                 rate = float(learning_rate(s - 1))
                 _report(s, float(metrics["loss"]), rate, speed, unreadable, plan, writer)
 
+    def save() -> None:
+        look(step)
+        checkpoints.save(step, state)
+        if checkpoints.wait() != step:
+            raise UserError(
+                f"step {step} could not be saved, see above; free some space, and the same command "
+                "continues from the checkpoint before"
+            )
+
+    def give_up(fault: UserError) -> NoReturn:
+        """Ends the run for a fault of the data, with what it has learned so far saved."""
+        if step == start:
+            raise fault
+        save()
+        raise UserError(f"{fault}. Step {step} is saved, the same command continues") from fault
+
     def evaluate_now() -> None:
         nonlocal mark
-        if (metrics := evaluate(state)) is not None:
+        try:
+            metrics = evaluate(state)
+        except UserError as fault:
+            give_up(fault)
+        if metrics is not None:
             writer.write(step, step / plan.steps_per_epoch, metrics)
             say(f"step {step}/{plan.steps}: {describe(metrics)}")
         mark = (step, time.monotonic())
@@ -108,7 +123,20 @@ def train(
     if plan.evaluates(step) and writer.find(step, "eval/top1") is None:
         evaluate_now()
     while step < plan.steps and not stop.requested:
-        state, metrics = train_step(state, next(batches))
+        # A few in the first batches are no measure yet.
+        if unreadable > plan.max_bad_fraction * max(seen, 1000):
+            give_up(
+                UserError(
+                    f"{unreadable} of {seen} images do not decode, more than "
+                    f"config.data.max_bad_fraction {plan.max_bad_fraction}: mend the data set, or "
+                    "raise it"
+                )
+            )
+        try:
+            batch = next(batches)
+        except UserError as fault:
+            give_up(fault)
+        state, metrics = train_step(state, batch)
         stop.arm()
         step += 1
         waiting[step] = metrics
@@ -121,13 +149,7 @@ def train(
         if plan.evaluates(step):
             look(step)
             evaluate_now()
-    look(step)
-    checkpoints.save(step, state)
-    if checkpoints.wait() != step:
-        raise UserError(
-            f"step {step} could not be saved, see above; free some space, and the same command "
-            "continues from the checkpoint before"
-        )
+    save()
     return step
 
 

@@ -17,9 +17,13 @@ class MetricWriter:
         """Opens the files; to go on after `step`, later and half-written lines are removed."""
         path = workdir / "metrics.jsonl"
         lines = [line for line in _read(path) if step is None or line["step"] <= step]
-        whole = path.with_suffix(".tmp")
-        whole.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        whole.replace(path)
+        kept = "".join(json.dumps(line) + "\n" for line in lines)
+        # Replaced only where it must be: another process may be training in this workdir, and
+        # would go on writing to the old file.
+        if path.exists() and path.read_text() != kept:
+            whole = path.with_suffix(".tmp")
+            whole.write_text(kept)
+            whole.replace(path)
         self._lines = lines
         self._file = path.open("a")
         self._thread = ThreadPoolExecutor(1)

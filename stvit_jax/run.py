@@ -51,14 +51,12 @@ def run(config: ConfigDict, workdir: Path, stop: Stop) -> int:
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     mesh = parallel.make_mesh(config.batch_size)
-    train_source, eval_source = (
-        open_source(config.data.source, config.data.name, config.data.dir, train=train)
-        for train in (True, False)
-    )
-    model = _model(config, len(train_source.class_names))
-    if config.eval_only:
+    open_split = partial(open_source, config.data.source, config.data.name, config.data.dir)
+    eval_source = open_split(train=False)
+    model = _model(config, eval_source.num_classes)
+    if config.eval_only:  # sets that only test (imagenet_v2) have no other split
         return _evaluate(config, workdir, model, eval_source, mesh, stop)
-    return _train(config, workdir, model, train_source, eval_source, mesh, stop)
+    return _train(config, workdir, model, open_split(train=True), eval_source, mesh, stop)
 
 
 def _train(

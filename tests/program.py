@@ -10,12 +10,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # A narrow network: what is tested is the program around it.
-NARROW = (
-    "--config.model.embed_dim=(8, 8, 16, 16)",
-    "--config.model.depths=(1, 1, 1, 1)",
-    "--config.model.num_heads=(1, 1, 2, 2)",
-    "--config.model.projection=16",
-)
+NARROW_SETTINGS = {
+    "embed_dim": (8, 8, 16, 16),
+    "depths": (1, 1, 1, 1),
+    "num_heads": (1, 1, 2, 2),
+    "projection": 16,
+}
+NARROW = tuple(f"--config.model.{field}={value}" for field, value in NARROW_SETTINGS.items())
 
 
 class Program:

@@ -1,7 +1,6 @@
 """The ImageNet recipe through train.py: tfds's own imagenet2012 in miniature, and class folders."""
 
 import argparse
-import ast
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from stvit_jax import torch_weights
 from stvit_jax.data.sources import open_source
 from stvit_jax.model import create_model
 from tests import mini_imagenet
-from tests.program import NARROW, Program, digests, values
+from tests.program import NARROW, NARROW_SETTINGS, Program, digests, values
 
 # The recipe stays whole; the network, the images and the batch are small.
 SMALL = (
@@ -135,9 +134,9 @@ def published(random_variables, tmp_path_factory) -> Callable[[str], Path]:
     """A training checkpoint in the published form, of a narrow variant with random weights."""
 
     def write(name: str) -> Path:
-        flags = (flag.removeprefix("--config.model.").split("=") for flag in NARROW)
-        narrow = {field: ast.literal_eval(value) for field, value in flags}
-        variables = random_variables(create_model(name, num_classes=1000, **narrow), image_size=64)
+        variables = random_variables(
+            create_model(name, num_classes=1000, **NARROW_SETTINGS), image_size=64
+        )
         state = {k: torch.from_numpy(v) for k, v in torch_weights.to_torch(variables).items()}
         path = tmp_path_factory.mktemp(name) / "checkpoint.pth"
         contents = {

@@ -108,7 +108,10 @@ def test_training_data_does_not_depend_on_who_loads_it(source: Source) -> None:
     assert_same(joined, expected)
 
 
-def test_unreadable_images_are_replaced_by_the_next_position(spoilt: Source) -> None:
+def test_unreadable_images_are_replaced_by_the_next_position(
+    spoilt: Source, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("stvit_jax.data.loader._named_unreadable", set())
     order = Order(len(spoilt), 20, 10, 3, seed=16)
     last, _ = order.images(0, order.positions_per_epoch - 1)
     assert last in SPOILT  # the order goes round
@@ -116,13 +119,21 @@ def test_unreadable_images_are_replaced_by_the_next_position(spoilt: Source) -> 
     replaced = np.concatenate([batch["replaced"] for batch in expected])
     assert replaced.max() >= 2 and (replaced == 0).sum() > 40
     assert_same(take(train_batches(spoilt, order, image_size=SIZE, flip=True), 4), expected)
+    # Each of these two epochs is named once, though it is met several times; the loader works ahead.
+    epochs = (order.images(epoch, np.arange(order.positions_per_epoch))[0] for epoch in (0, 1))
+    met = set(SPOILT) & set(np.concatenate(list(epochs)).tolist())
+    named = [line for line in capfd.readouterr().err.splitlines() if "does not decode: " in line]
+    numbers = [int(Path(line.split(" does not decode: ")[0]).stem) for line in named]
+    assert len(met) > 2 and met <= set(numbers) <= set(SPOILT)
+    assert len(numbers) == len(set(numbers))
+    assert "are no image of a known format" in named[0]
 
 
 def test_a_set_without_readable_images_stops(spoilt: Source, tmp_path: Path) -> None:
     for path in (tmp_path / "train").glob("*/*.png"):
         path.write_bytes(b"no image")
     batches = train_batches(spoilt, Order(len(spoilt), 20), image_size=SIZE, flip=True)
-    with pytest.raises(UserError, match="images in a row do not decode.*check the data set"):
+    with pytest.raises(UserError, match=r"in a row do not decode.*\d\d\.png: .*check the data"):
         take(batches, 1)
 
 

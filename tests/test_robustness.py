@@ -1,29 +1,25 @@
 """Evaluation on the robustness sets: each set's rules, and the whole way from set to metrics."""
 
-import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
-from PIL import Image
 
 from stvit_jax import robustness, weights
 from stvit_jax.config import base
 from stvit_jax.data.decode import eval_image
 from stvit_jax.data.normalization import normalize
 from stvit_jax.errors import UserError
-from stvit_jax.model import create_model
+from stvit_jax.model import STViT, create_model
 from stvit_jax.robustness import accuracy, real_accuracy
 from stvit_jax.settings import complete
 from stvit_jax.signals import Stop
 from stvit_jax.weights import Weights
-from tests.mini_imagenet import class_names
-from tests.program import values
+from tests.mini_sets import picture, prepare
+from tests.program import NARROW, NARROW_SETTINGS, Program, metrics, values
 
 IMAGES = 12
 UNREADABLE = 4
@@ -31,69 +27,55 @@ LABELS = [2, 7, 2, 900, 7, 900, 2, 2, 7, 31, 31, 2]
 REAL_LABELS = [[2], [], [5, 2], [900], [7], [1, 2, 3], [], [2], [8], [31], [30], [2]]
 
 
-def picture(number: int) -> bytes:
-    if number == UNREADABLE:
-        return b"no image"
-    pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG")
-    return file.getvalue()
+def image(number: int) -> bytes:
+    return b"no image" if number == UNREADABLE else picture(number)
 
 
-class MiniatureBuilder(tfds.core.GeneratorBasedBuilder):
-    """The features of tfds's own builders, which download what they prepare."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        real = self.name == "imagenet2012_real"
-        one = tfds.features.ClassLabel(names=class_names())
-        labels = {"original_label": one, "real_label": tfds.features.Sequence(one)}
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(
-                {"image": tfds.features.Image(encoding_format="jpeg")}
-                | (labels if real else {"label": one})
-            ),
-            supervised_keys=("image", "real_label" if real else "label"),
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
-        split = "validation" if self.name == "imagenet2012_real" else "test"
-        return {split: self._generate_examples()}
-
-    def _generate_examples(self) -> Iterator[tuple[int, dict]]:
-        for i in range(IMAGES):
-            labels = {"original_label": LABELS[i], "real_label": REAL_LABELS[i]}
-            known = self.info.features
-            yield (
-                i,
-                {"image": picture(i)}
-                | {
-                    key: value
-                    for key, value in (labels | {"label": LABELS[i]}).items()
-                    if key in known
-                },
-            )
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The five sets, each of the same pictures."""
+    path = tmp_path_factory.mktemp("sets")
+    for name in ("imagenet_v2/matched-frequency", "imagenet_a", "imagenet_r", "imagenet_sketch"):
+        examples = [
+            {"image": image(i), "label": label, "file_name": str(i)}
+            for i, label in enumerate(LABELS)
+        ]
+        prepare(name, path, {"test": examples})
+    examples = [
+        {"image": image(i), "file_name": str(i), "original_label": one, "real_label": several}
+        for i, (one, several) in enumerate(zip(LABELS, REAL_LABELS, strict=True))
+    ]
+    prepare("imagenet2012_real", path, {"validation": examples})
+    return path
 
 
-class Imagenet2012Real(MiniatureBuilder):
-    pass
+@pytest.fixture(scope="module")
+def network(random_variables: Callable[..., dict], tmp_path_factory) -> tuple[STViT, dict, Path]:
+    """A narrow ImageNet model, its variables and their file."""
+    model = create_model("stvit_small", num_classes=1000, **NARROW_SETTINGS)
+    variables = random_variables(model)
+    path = tmp_path_factory.mktemp("network") / "weights.safetensors"
+    settings = complete(variables, None, "stvit_small", **NARROW_SETTINGS)
+    weights.write(path, Weights(variables, settings, Path("made"), {}))
+    return model, variables, path
 
 
-class ImagenetA(MiniatureBuilder):
-    pass
-
-
-class ImagenetSketch(MiniatureBuilder):
-    pass
-
-
-@pytest.fixture
-def data_dir(tmp_path: Path) -> Path:
-    for builder in (Imagenet2012Real, ImagenetA, ImagenetSketch):
-        builder(data_dir=str(tmp_path)).download_and_prepare(file_format="array_record")
-    return tmp_path
+def evaluate(config: str, workdir: Path, path: Path, data_dir: Path, *flags: str) -> Program:
+    """Runs train.py with a config that evaluates, to its end."""
+    program = Program(
+        workdir,
+        *NARROW,
+        f"--config.init_from={path}",
+        f"--config.data.dir={data_dir}",
+        "--config.image_size=32",
+        "--config.batch_size=8",
+        "--config.group_size=0",
+        "--config.dtype=float32",
+        *flags,
+        config=f"configs/{config}.py",
+    )
+    assert program.wait() == 0, program.output
+    return program
 
 
 def test_a_subset_leaves_other_classes_out() -> None:
@@ -111,25 +93,14 @@ def test_real_takes_any_label_and_drops_the_unlabelled() -> None:
     assert found == {"top1": 2 / 4, "classes": 4, "count": 4, "unreadable": 1}
 
 
-def test_from_sets_and_weights_to_metrics(
-    data_dir: Path, random_variables: Callable[..., dict], tmp_path: Path
+def test_the_config_from_sets_and_weights_to_metrics(
+    data_dir: Path, network: tuple[STViT, dict, Path], tmp_path: Path
 ) -> None:
-    narrow = dict(embed_dim=(8, 8, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
-    model = create_model("stvit_small", projection=16, num_classes=1000, **narrow)
-    variables = random_variables(model)
-    config = base()
-    config.model.update(narrow | {"projection": 16})
-    config.image_size, config.batch_size, config.group_size = 32, 8, 0
-    config.dtype = "float32"
-    config.data.dir = str(data_dir)
-    config.robustness = ("imagenet2012_real", "imagenet_a", "imagenet_sketch")
-    config.init_from = str(tmp_path / "weights.safetensors")
-    settings = complete(variables, None, "stvit_small", projection=16, **narrow)
-    weights.write(config.init_from, Weights(variables, settings, Path("made"), {}))
-    assert robustness.run(config, tmp_path / "run", Stop()) == 0
+    model, variables, path = network
+    program = evaluate("eval_robustness", tmp_path / "run", path, data_dir)
 
     readable = [i for i in range(IMAGES) if i != UNREADABLE]
-    images = np.stack([eval_image(picture(i), 32) for i in readable])
+    images = np.stack([eval_image(image(i), 32) for i in readable])
     computed = jax.jit(model.apply)(variables, normalize(jnp.asarray(images)))
     logits = dict(zip(readable, np.asarray(computed), strict=True))
 
@@ -142,21 +113,35 @@ def test_from_sets_and_weights_to_metrics(
     assert found("imagenet2012_real/top1") == np.mean(
         [i in logits and logits[i].argmax() in REAL_LABELS[i] for i in labelled]
     )
-    assert found("imagenet_sketch/top5") == np.mean(
-        [i in logits and LABELS[i] in np.argsort(-logits[i])[:5] for i in range(IMAGES)]
-    )
+    for name in ("imagenet_v2", "imagenet_sketch"):  # all classes
+        assert found(f"{name}/classes") == 1000 and found(f"{name}/count") == IMAGES
+        assert found(f"{name}/top5") == np.mean(
+            [i in logits and LABELS[i] in np.argsort(-logits[i])[:5] for i in range(IMAGES)]
+        )
     classes = sorted(set(LABELS))
-    assert found("imagenet_a/classes") == len(classes)
     expected = [
         i in logits and classes[logits[i][classes].argmax()] == LABELS[i] for i in range(IMAGES)
     ]
-    assert found("imagenet_a/top1") == np.mean(expected) > 0
-    assert found("imagenet_a/unreadable") == 1
+    for name in ("imagenet_a", "imagenet_r"):
+        assert found(f"{name}/classes") == len(classes)
+        assert found(f"{name}/top1") == np.mean(expected) > 0
+        assert found(f"{name}/unreadable") == 1
+        assert f"{name}: top-1 {np.mean(expected):.4f}" in program.output
 
 
-def test_mistakes_are_named(data_dir: Path, digits_dir: Path, tmp_path: Path) -> None:
+def test_a_set_that_only_tests_is_evaluated_by_its_name(
+    data_dir: Path, network: tuple[STViT, dict, Path], tmp_path: Path
+) -> None:
+    """Without a training split, and without the name of its variant."""
+    flags = ("--config.eval_only=True", "--config.data.name=imagenet_v2")
+    evaluate("stvit_small", tmp_path, network[2], data_dir, *flags)
+    (line,) = metrics(tmp_path)
+    assert line["eval/count"] == IMAGES and line["eval/unreadable"] == 1
+
+
+def test_mistakes_are_named(digits_dir: Path, tmp_path: Path) -> None:
     config = base()
-    config.data.dir = str(data_dir)
+    config.data.dir = str(tmp_path)
     config.robustness = ("imagenet_r",)
     with pytest.raises(UserError, match="init_from is empty"):
         robustness.run(config, tmp_path / "run", Stop())

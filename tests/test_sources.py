@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
 from stvit_jax.data.sources import open_source
 from stvit_jax.errors import UserError
+from tests.mini_sets import picture, prepare
 
 
 def change_info(version_dir: Path, **fields: object) -> None:
@@ -104,6 +106,25 @@ def test_the_convert_command_converts(digits_dir: Path, tmp_path: Path) -> None:
         ours = open_source("tfds", "digits", str(tmp_path), train=train)
         expected = open_source("tfds", "digits", str(digits_dir), train=train)
         assert [ours[i] for i in range(len(ours))] == [expected[i] for i in range(len(expected))]
+
+
+def test_a_record_is_found_in_its_file(tmp_path: Path) -> None:
+    """Of several files, the count starts anew in each."""
+    examples = [
+        {"id": str(i), "image": picture(i, (32, 32), "PNG"), "label": 0, "coarse_label": 0}
+        for i in range(40)
+    ]
+    prepare("cifar100", tmp_path, {"train": examples}, shards=3)
+    source = open_source("tfds", "cifar100", str(tmp_path), train=True)
+    places = [source.where(i).split(", record ") for i in range(len(source))]
+    files = sorted({file for file, _ in places})
+    assert len(files) == 3
+    for file in files:
+        records = ArrayRecordReader(file).read_all()
+        indices = [i for i, place in enumerate(places) if place[0] == file]
+        assert [int(places[i][1]) for i in indices] == list(range(len(records)))
+        for index, record in zip(indices, records, strict=True):
+            assert source[index][0] in record
 
 
 def test_a_set_without_class_labels(own_digits: Path) -> None:

@@ -15,6 +15,7 @@ import multiprocessing.resource_tracker
 import os
 import queue
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ from stvit_jax.data.sources import Source
 from stvit_jax.errors import UserError
 
 PART = 32
-MAX_UNREADABLE = 300
+MAX_UNREADABLE = 300  # positions in a row
+MAX_NAMED = 20  # unreadable images that a process names
 IN_PROCESS_IMAGES = 2_000
 ENDLESS = 2**40
 
@@ -150,10 +152,11 @@ class _TrainPart(_Part):
             try:
                 return decode.train_image(data, self.image_size, rng, self.flip), label, skipped
             except decode.UnreadableImage as error:
-                reason = error
+                reason = str(error)
+                _name_unreadable(self.source.where(index), reason)
         raise UserError(
-            f"{MAX_UNREADABLE} images in a row do not decode (the last: image {index}, {reason}): "
-            "check the data set"
+            f"{MAX_UNREADABLE} images in a row do not decode (the last: "
+            f"{self.source.where(index)}: {reason}): check the data set"
         )
 
 
@@ -169,9 +172,20 @@ class _EvalPart(_Part):
             data, out["label"][row] = self.source[int(indices[row])]
             try:
                 out["image"][row] = decode.eval_image(data, self.image_size)
-            except decode.UnreadableImage:
+            except decode.UnreadableImage as error:
                 out["readable"][row] = False
+                _name_unreadable(self.source.where(int(indices[row])), str(error))
         return out
+
+
+_named_unreadable: set[str] = set()  # by this process
+
+
+def _name_unreadable(where: str, reason: str) -> None:
+    """Says which image does not decode, so that it can be mended: each once, and not too many."""
+    if where not in _named_unreadable and len(_named_unreadable) < MAX_NAMED:
+        _named_unreadable.add(where)
+        print(f"{where} does not decode: {reason}", file=sys.stderr, flush=True)
 
 
 class Batches(Iterator[Batch]):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from stvit_jax.errors import UserError
+from stvit_jax.metrics import Progress
 
 EVAL_SPLITS = ("validation", "test")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -44,6 +45,10 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def __getitem__(self, index: int) -> tuple[bytes, int]:
         """The encoded image and its label; UserError, naming the file, where that is damaged."""
+
+    @abc.abstractmethod
+    def where(self, index: int) -> str:
+        """What a message calls an image: its file, and its place there."""
 
 
 def open_source(source: str, name: str, data_dir: str, *, train: bool) -> Source:
@@ -97,16 +102,17 @@ class TfdsSource(Source):
             # array_record raises RuntimeError for a failed checksum and for a missing file; what
             # passes and is no example all the same fails in tfds's parser.
             raise UserError(
-                f"{self._file(index)} is damaged, image {index} of the split cannot be read: "
-                "restore the file or prepare the data set again "
-                f"({type(error).__name__}: {error})"
+                f"{self.where(index)} cannot be read, the file is damaged: restore it or prepare "
+                f"the data set again ({type(error).__name__}: {error})"
             ) from error
         return example[self.image_key], int(example[self.label_key])
 
-    def _file(self, index: int) -> str:
+    def where(self, index: int) -> str:
         parts = self.records.dataset_info.splits[self.records.split].file_instructions
         ends = list(itertools.accumulate(part.take for part in parts))
-        return str(parts[bisect.bisect_right(ends, index)].filename)
+        part = bisect.bisect_right(ends, index)
+        within = index - ends[part] + parts[part].take
+        return f"{parts[part].filename}, record {within}"
 
 
 def open_tfds(name: str, data_dir: str, *, train: bool, label_key: str | None = None) -> TfdsSource:
@@ -217,13 +223,16 @@ class FolderSource(Source):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
-        label = int(self.labels[index])
-        path = os.path.join(self.root, self.class_names[label], os.fsdecode(self.names[index]))
+        path = self.where(index)
         try:
             with open(path, "rb") as file:
-                return file.read(), label
+                return file.read(), int(self.labels[index])
         except OSError as error:
             raise UserError(f"cannot read {path} ({error.strerror}): restore the file") from error
+
+    def where(self, index: int) -> str:
+        folder = self.class_names[self.labels[index]]
+        return os.path.join(self.root, folder, os.fsdecode(self.names[index]))
 
 
 def _open_folder(root: Path, train: bool) -> FolderSource:
@@ -243,6 +252,7 @@ def _open_folder(root: Path, train: bool) -> FolderSource:
         )
     names: list[bytes] = []
     labels: list[np.ndarray] = []
+    progress = Progress(f"listing the images in {folder}", len(classes))
     for label, name in enumerate(classes):
         with os.scandir(folder / name) as entries:
             files = sorted(
@@ -254,6 +264,7 @@ def _open_folder(root: Path, train: bool) -> FolderSource:
             raise UserError(f"{folder / name} holds no images: add some or remove the folder")
         names += files
         labels.append(np.full(len(files), label, np.int32))
+        progress.update(label + 1)
     return FolderSource(tuple(classes), str(folder), np.array(names), np.concatenate(labels))
 
 
@@ -293,3 +304,6 @@ class FakeSource(Source):
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
         return self._pictures[index % FAKE_PICTURES], index % FAKE_CLASSES
+
+    def where(self, index: int) -> str:
+        return f"fake picture {index % FAKE_PICTURES}"
