@@ -1,6 +1,8 @@
 """The ImageNet recipe through train.py: tfds's own imagenet2012 in miniature, and class folders."""
 
 import argparse
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from stvit_jax import torch_weights
 from stvit_jax.data.sources import open_source
 from stvit_jax.model import create_model
 from tests import mini_imagenet
-from tests.program import NARROW, NARROW_SETTINGS, Program, digests, values
+from tests.program import NARROW, NARROW_SETTINGS, ROOT, Program, digests, values
 
 # The recipe stays whole; the network, the images and the batch are small.
 SMALL = (
@@ -155,31 +157,49 @@ def published(random_variables, tmp_path_factory) -> Callable[[str], Path]:
     return write
 
 
+def published_commands() -> list[str]:
+    """The twelve of the README."""
+    text = (ROOT / "README.md").read_text()
+    block = text.split("<!-- published -->")[1].split("<!-- end -->")[0]
+    return [line.strip() for line in block.strip().splitlines()]
+
+
+def test_the_readme_has_the_twelve_commands() -> None:
+    commands = published_commands()
+    found = [re.search(r"(stvit_\w+)\.py(:384)?", command).groups("") for command in commands]
+    expected = [(f"stvit_{n}", arg) for n in ("small", "base", "large") for arg in ("", ":384")]
+    assert sorted(found) == sorted(2 * expected)
+    assert sum("eval_only=True" in command for command in commands) == 6
+    assert len({command.split("--workdir ")[1].split()[0] for command in commands}) == 12
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["stvit_small", "stvit_base", "stvit_large"])
-@pytest.mark.parametrize(
-    ("argument", "from_weights", "eval_only"),
-    [("", True, True), (":384", True, True), ("", False, False), (":384", True, False)],
-    ids=["evaluate 224", "evaluate 384", "train 224", "fine-tune 384"],
-)
-def test_a_published_command(
-    published, tfds_dir, tmp_path, name, argument, from_weights, eval_only
-) -> None:
-    """The twelve of the published README, each on a narrow network at the recipe's resolution."""
-    flags = [f"--config.init_from={published(name)}"] if from_weights else []
-    flags += ["--config.eval_only=True"] if eval_only else ["--config.steps=1"]
+@pytest.mark.parametrize("command", published_commands())
+def test_a_published_command(published, tfds_dir: Path, tmp_path: Path, command: str) -> None:
+    """Each on a narrow network and one small batch, at the recipe's resolution."""
+    python, script, *arguments = shlex.split(command)
+    assert (python, script) == ("python", "train.py")
+    config_flag, config, workdir_flag, workdir, *rest = arguments
+    assert (config_flag, workdir_flag) == ("--config", "--workdir")
+    workdir, flags = tmp_path / workdir, []
+    for flag in rest:
+        name, value = flag.split("=")
+        if value.endswith(".pth"):
+            value = published(re.search(r"stvit_\w+(?=\.py)", config).group())
+        flags.append(f"{name}={value}")
+    eval_only = "--config.eval_only=True" in flags
     program = Program(
-        tmp_path / "run",
+        workdir,
         *NARROW,
         *flags,
         f"--config.data.dir={tfds_dir}",
         "--config.data.workers=0",
+        "--config.steps=1",
         "--config.batch_size=8",
         "--config.group_size=4",
-        config=f"configs/{name}.py{argument}",
+        config=config,
     )
     assert program.wait(600) == 0, program.output
-    assert ("checkpoint.pth" in program.output) == from_weights
-    step = 0 if eval_only else 1
-    assert values(tmp_path / "run", "eval/count") == {step: mini_imagenet.VALIDATION}
-    assert bool(values(tmp_path / "run", "train/loss")) != eval_only
+    assert ("checkpoint.pth" in program.output) == ("init_from" in command)
+    assert values(workdir, "eval/count") == {0 if eval_only else 1: mini_imagenet.VALIDATION}
+    assert bool(values(workdir, "train/loss")) != eval_only

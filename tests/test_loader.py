@@ -119,7 +119,7 @@ def test_unreadable_images_are_replaced_by_the_next_position(
     replaced = np.concatenate([batch["replaced"] for batch in expected])
     assert replaced.max() >= 2 and (replaced == 0).sum() > 40
     assert_same(take(train_batches(spoilt, order, image_size=SIZE, flip=True), 4), expected)
-    # Each of these two epochs is named once, though it is met several times; the loader works ahead.
+    # Each is named once, though it is met several times. The loader works ahead of these epochs.
     epochs = (order.images(epoch, np.arange(order.positions_per_epoch))[0] for epoch in (0, 1))
     met = set(SPOILT) & set(np.concatenate(list(epochs)).tolist())
     named = [line for line in capfd.readouterr().err.splitlines() if "does not decode: " in line]

@@ -1,6 +1,7 @@
 """train.py as a process on the digits: what it leaves, and that it survives being stopped."""
 
 import random
+import re
 import shutil
 import signal
 import time
@@ -14,7 +15,9 @@ import pytest
 import convert_torch_weights
 import stvit_jax
 from stvit_jax import settings, weights
+from stvit_jax.data.order import Order
 from stvit_jax.data.sources import open_source
+from tests.mini_sets import picture
 from tests.program import NARROW, Program, digests, metrics, values
 
 STEPS = 30  # an epoch has 22
@@ -195,6 +198,63 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(start, str
     assert len(named) == 1
     assert "continuing after step 10" in program.output
     assert_equal_runs(tmp_path, straight)
+
+
+def test_a_corrupt_record_is_named_and_costs_no_step(start, straight, digits_dir, tmp_path):
+    """The steps before it are saved; with the file restored, the run ends as if it was sound."""
+    shutil.copytree(digits_dir, tmp_path / "data")
+    source = open_source("tfds", "digits", str(tmp_path / "data"), train=True)
+    order = Order(len(source), 64, repeats=1)
+    (index, *_), _ = order.images(0, order.positions(12, np.arange(64)))
+    file, record = source.where(index).split(", record ")
+    sound = Path(file).read_bytes()
+    damaged = bytearray(sound)
+    damaged[sound.index(source[index][0]) + 40] ^= 4
+    Path(file).write_bytes(damaged)
+
+    where = f"--config.data.dir={tmp_path / 'data'}"
+    program = start(tmp_path / "run", where)
+    assert program.wait() == 1
+    assert "Traceback" not in program.output
+    (line,) = (line for line in program.output.splitlines() if line.startswith("error: "))
+    assert f"{file}, record {record} cannot be read, the file is damaged" in line
+    assert line.endswith("Step 12 is saved, the same command continues")
+    Path(file).write_bytes(sound)
+    program = start(tmp_path / "run", where)
+    assert program.wait() == 0, program.output
+    assert "continuing after step 12" in program.output
+    assert_equal_runs(tmp_path / "run", straight)
+
+
+def test_unreadable_images_are_counted_until_there_are_too_many(start, tmp_path):
+    unreadable = range(0, 160, 20)
+    for split, count in (("train", 160), ("val", 20)):
+        for i in range(count):
+            path = tmp_path / "data" / split / str(i % 10) / f"{i:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"no image" if i in unreadable else picture(i, (32, 32), "PNG"))
+    source = open_source("folder", "", str(tmp_path / "data"), train=True)
+    bad = [i for i in range(160) if source[i][0] == b"no image"]
+    order = Order(160, 64, repeats=1)
+    batches = (order.images(s // 2, order.positions(s % 2, np.arange(64)))[0] for s in range(4))
+    expected = np.cumsum([np.isin(batch, bad).sum() for batch in batches]).tolist()
+
+    flags = ("--config.data.source=folder", f"--config.data.dir={tmp_path / 'data'}")
+    workdir = tmp_path / "run"
+    program = start(workdir, *flags, "--config.steps=4", "--config.data.max_bad_fraction=0.5")
+    assert program.wait() == 0, program.output
+    assert list(values(workdir, "train/unreadable").values()) == [n for n in expected if n]
+    assert set(values(workdir, "eval/count").values()) == {20}
+    assert set(values(workdir, "eval_ema/unreadable").values()) == {1}
+    assert "train/0/000.png does not decode: " in program.output
+
+    program = start(workdir, *flags, "--config.data.max_bad_fraction=0.001")
+    assert program.wait() == 1
+    last = program.output.splitlines()[-1]
+    match = r"error: .* images do not decode, more than config.data.max_bad_fraction 0.001: .*Step"
+    assert re.match(match, last), program.output
+    step = re.search(r"Step (\d+) is saved, the same command continues", last).group(1)
+    assert int(step) > 4 and (workdir / "checkpoints" / step).is_dir()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
