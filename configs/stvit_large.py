@@ -9,9 +9,9 @@ Fine-tune at 384, 30 epochs, batch-norm statistics frozen:
     python train.py --config configs/stvit_large.py:384 --workdir runs/stvit_large_384 \
         --config.init_from=runs/stvit_large
 Evaluate released or own weights, at 224 and at 384:
-    python train.py --config configs/stvit_large.py --workdir runs/eval --config.eval_only=True \
-        --config.init_from=WEIGHTS
-    python train.py --config configs/stvit_large.py:384 --workdir runs/eval_384 \
+    python train.py --config configs/stvit_large.py --workdir runs/eval_large \
+        --config.eval_only=True --config.init_from=WEIGHTS
+    python train.py --config configs/stvit_large.py:384 --workdir runs/eval_large_384 \
         --config.eval_only=True --config.init_from=WEIGHTS_384
 
 Drop path is 0.4, and 0.6 for the last 40 epochs: the authors report that as better than 0.6

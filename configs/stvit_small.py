@@ -9,9 +9,9 @@ Fine-tune at 384, 30 epochs, batch-norm statistics frozen:
     python train.py --config configs/stvit_small.py:384 --workdir runs/stvit_small_384 \
         --config.init_from=runs/stvit_small
 Evaluate released or own weights, at 224 and at 384:
-    python train.py --config configs/stvit_small.py --workdir runs/eval --config.eval_only=True \
-        --config.init_from=WEIGHTS
-    python train.py --config configs/stvit_small.py:384 --workdir runs/eval_384 \
+    python train.py --config configs/stvit_small.py --workdir runs/eval_small \
+        --config.eval_only=True --config.init_from=WEIGHTS
+    python train.py --config configs/stvit_small.py:384 --workdir runs/eval_small_384 \
         --config.eval_only=True --config.init_from=WEIGHTS_384
 
 | recipe | hardware | time | top-1 | top-1 in the paper |

@@ -4,8 +4,7 @@ CONFIG is written as for train.py, and `--config.FIELD=VALUE` overrides work her
 come through the real loader and the real augmentation of the first step of a small batch: three
 groups of six images. A row is one slot of each group, so with repeated augmentation its three
 pairs are three copies of one image; a pair is the image as the host cut it, and after the device
-augmentation, with the labels it is
-trained on.
+augmentation, with the labels it is trained on.
 """
 
 import argparse

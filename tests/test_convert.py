@@ -21,15 +21,6 @@ from stvit_jax.errors import UserError
 from stvit_jax.settings import abstract, create
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """PyTorch's threads wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def states(golden_state) -> dict[str, OrderedDict]:
     """Raw weights and moving average of stvit_small, float32."""

@@ -23,15 +23,6 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 WEIGHT_DECAY, EMA_DECAY, SMOOTHING = 0.05, 0.99996, 0.1
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """PyTorch's threads wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def batches() -> list[tuple[np.ndarray, np.ndarray]]:
     """uint8 images (B, S, S, 3), and labels."""
     rng = np.random.default_rng(0)

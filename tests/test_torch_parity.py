@@ -22,15 +22,6 @@ TOLERANCE = 1e-9  # of the largest value
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """PyTorch's threads wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def pair(name: str, **overrides):
     """The peer with random weights and non-trivial statistics, our model, and its variables."""
     torch.manual_seed(0)

@@ -20,15 +20,6 @@ VARIANTS = ("stvit_small", "stvit_base", "stvit_large")
 TINY = ("tiny", "tiny_iter")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """PyTorch's threads wait for each other; on a busy machine that made these tests 10x slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def read_json(name: str) -> dict:
     return json.loads((DATA / name).read_text())
 
