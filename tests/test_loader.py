@@ -169,6 +169,8 @@ def test_large_sets_are_evaluated_by_workers_alike(digits_dir: Path, monkeypatch
     assert_same([first, *batches], here)
     batches.close()
     assert multiprocessing.active_children() == []
+    # Of shared memory that is not given back, Python warns at the end of the program.
+    wait_until(lambda: "/dev/shm/psm_" not in Path("/proc/self/maps").read_text())
 
 
 def test_a_corrupt_record_stops_the_workers_run(digits_dir: Path, tmp_path: Path) -> None:

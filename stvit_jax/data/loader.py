@@ -10,6 +10,7 @@ worker would hold several of them in shared memory, and the first would be long 
 
 import contextlib
 import dataclasses
+import gc
 import multiprocessing.connection
 import multiprocessing.resource_tracker
 import os
@@ -237,6 +238,9 @@ class Batches(Iterator[Batch]):
     def _guarded_next(self) -> Batch:
         try:
             return next(self._parts)
+        except UserError as error:
+            error.__traceback__ = None  # its frames hold the last part, in shared memory
+            raise
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
                 raise
@@ -258,6 +262,9 @@ def _close(closing: threading.Event, lock: threading.Lock, parts: Any) -> None:
         for closer in closers:
             closer.join()
         parts.close()
+    # A worker's end leaves its last part in a cycle of an exception and frames, and with it shared
+    # memory, of which Python would warn at the end of the program.
+    gc.collect()
 
 
 @contextlib.contextmanager
