@@ -255,16 +255,17 @@ def _close(closing: threading.Event, lock: threading.Lock, parts: Any) -> None:
     with lock:  # a __next__ in another thread leaves after the part that it waits for
         # Grain ends its workers one after another, a second each, and has no public way to end
         # them together; without this attribute it is only slower.
-        workers = [worker for worker in getattr(parts, "_iterators_in_use", ()) if worker]
-        closers = [threading.Thread(target=worker.close) for worker in workers]
+        workers = getattr(parts, "_iterators_in_use", ())  # None in place of one that has ended
+        closers = [threading.Thread(target=worker.close) for worker in workers if worker]
         for closer in closers:
             closer.start()
         for closer in closers:
             closer.join()
         parts.close()
-    # A worker's end leaves its last part in a cycle of an exception and frames, and with it shared
-    # memory, of which Python would warn at the end of the program.
-    gc.collect()
+    if workers:
+        # An ended worker's last part stays in a cycle of an exception and frames, and with it
+        # shared memory, of which Python would warn at the end of the program.
+        gc.collect()
 
 
 @contextlib.contextmanager
