@@ -8,9 +8,9 @@ The recipe's augmentation is complete: repeated augmentation, RandAugment, rando
 CutMix in groups of 128. The run is short, so the learning rate is higher and the moving average
 shorter than ImageNet's. The paper has no figure for it.
 
-| hardware | time | top-1 |
-| --- | --- | --- |
-| - | - | - |
+| hardware | time | top-1 raw | top-1 EMA |
+| --- | --- | --- | --- |
+| 2 CPU cores | 24 minutes | 89.15 | 89.06 |
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,7 @@
 """Where numbers go: `metrics.jsonl`, TensorBoard files, and lines on the console."""
 
 import json
+import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -74,6 +75,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _open_tensorboard(workdir: Path) -> Any:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # it greets with lines about itself
     try:
         from clu import metric_writers
     except ImportError as error:

@@ -51,15 +51,6 @@ def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def no_tensorflow(tmp_path: Path) -> dict[str, str]:
-    """Environment variables for a child process in which TensorFlow cannot be imported."""
-    package = tmp_path / "blocked" / "tensorflow"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise ImportError('blocked')\n")
-    return {"PYTHONPATH": str(package.parent)}
-
-
 @pytest.fixture(scope="session")
 def random_variables() -> Callable[..., dict[str, Any]]:
     """Non-trivial float32 variables of a network, without compiling its initialisation."""

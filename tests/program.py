@@ -19,18 +19,31 @@ NARROW_SETTINGS = {
 NARROW = tuple(f"--config.model.{field}={value}" for field, value in NARROW_SETTINGS.items())
 
 
+# TensorFlow, which writes files for TensorBoard and nothing else, takes seconds to import. For most
+# tests it is missing, as it may be for a user.
+WITHOUT_TENSORFLOW = {"PYTHONPATH": str(Path(__file__).parent / "without_tensorflow")}
+
+
 class Program:
     """One run of train.py; `wait` gives the exit code, `output` all that was printed."""
 
     def __init__(
-        self, workdir: Path, *flags: str, config: str = "configs/digits.py", **environment: str
+        self,
+        workdir: Path,
+        *flags: str,
+        config: str = "configs/digits.py",
+        tensorflow: bool = False,
+        devices: int = 1,
+        **environment: str,
     ) -> None:
         command = [sys.executable, "train.py", "--config", config, "--workdir", str(workdir)]
+        count = f"--xla_force_host_platform_device_count={devices}"
+        environment = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {count}"} | environment
         self.output = ""
         self._process = subprocess.Popen(
             [*command, *flags],
             cwd=ROOT,
-            env=os.environ | environment,
+            env=os.environ | environment | ({} if tensorflow else WITHOUT_TENSORFLOW),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -13,6 +13,7 @@ from PIL import Image
 from stvit_jax.data import digits
 from stvit_jax.data.sources import open_source
 from stvit_jax.errors import UserError
+from tests.program import WITHOUT_TENSORFLOW
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,10 +63,8 @@ def test_splits_hold_the_digits_of_scikit_learn(digits_dir: Path) -> None:
     np.testing.assert_allclose(held_out, np.bincount(reference.target) / 5, atol=1)
 
 
-def test_prepares_without_tensorflow_and_by_two_at_once(
-    tmp_path: Path, no_tensorflow: dict[str, str]
-) -> None:
-    processes = [child(tmp_path / "new", **no_tensorflow) for _ in range(2)]
+def test_prepares_without_tensorflow_and_by_two_at_once(tmp_path: Path) -> None:
+    processes = [child(tmp_path / "new", **WITHOUT_TENSORFLOW) for _ in range(2)]
     for process in processes:
         output, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
@@ -73,7 +72,7 @@ def test_prepares_without_tensorflow_and_by_two_at_once(
         written, sizes = output.splitlines()
         assert written.startswith("Writing the digits data set")
         assert sizes == "[1437, 360]"
-    again = child(tmp_path / "new", **no_tensorflow)
+    again = child(tmp_path / "new", **WITHOUT_TENSORFLOW)
     assert again.communicate(timeout=120) == ("[1437, 360]\n", "")
     assert [path.name for path in (tmp_path / "new" / "digits").iterdir()] == ["1.0.0"]
 

@@ -98,7 +98,6 @@ def test_trains_and_evaluates_from_tfds(straight: Path) -> None:
     check_evaluation(straight, STEPS, mini_imagenet.VALIDATION)
 
 
-@pytest.mark.slow
 def test_trains_and_evaluates_from_folders(train, folder_dir: Path, tmp_path: Path) -> None:
     train(
         tmp_path,

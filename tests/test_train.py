@@ -7,6 +7,7 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ def start(digits_dir, tmp_path_factory):
     """Starts the program; all runs of the module share compiled programs."""
     cache = tmp_path_factory.mktemp("compiled")
 
-    def start(workdir: Path, *flags: str, **environment: str) -> Program:
+    def start(workdir: Path, *flags: str, **options: Any) -> Program:
         common = (
             *NARROW,
             f"--config.data.dir={digits_dir}",
@@ -38,8 +39,9 @@ def start(digits_dir, tmp_path_factory):
             "--config.eval_every_epochs=1",
             "--config.checkpoint_every=1000",
         )
-        environment = {"JAX_COMPILATION_CACHE_DIR": str(cache)} | environment
-        return Program(workdir, *common, *flags, **environment)
+        return Program(
+            workdir, *common, *flags, **({"JAX_COMPILATION_CACHE_DIR": str(cache)} | options)
+        )
 
     return start
 
@@ -48,7 +50,7 @@ def start(digits_dir, tmp_path_factory):
 def straight(start, tmp_path_factory) -> Path:
     """The workdir of a run that nobody stopped."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
-    program = start(workdir)
+    program = start(workdir, tensorflow=True)
     assert program.wait() == 0, program.output
     assert program.output.splitlines()[-1].startswith(f"done: step {STEPS} of {STEPS}, raw top-1")
     assert program.output.splitlines()[-1].endswith(f"see {workdir}")
@@ -112,9 +114,13 @@ def test_the_same_command_on_a_finished_run_does_nothing(start, straight):
     assert (digests(straight, STEPS), (straight / "metrics.jsonl").read_text()) == before
 
 
-def test_evaluation_alone_gives_the_same_counts_for_any_batch_size(start, straight, tmp_path):
+@pytest.mark.parametrize("batch_size, devices", [(100, 1), (104, 8)])
+def test_evaluation_alone_gives_the_same_counts_for_any_batch_size_and_device_count(
+    start, straight, tmp_path, batch_size, devices
+):
     shutil.copytree(straight, tmp_path / "run")
-    program = start(tmp_path / "run", "--config.eval_only=True", "--config.batch_size=100")
+    flags = ("--config.eval_only=True", f"--config.batch_size={batch_size}")
+    program = start(tmp_path / "run", *flags, devices=devices)
     assert program.wait() == 0, program.output
     last, before = metrics(tmp_path / "run")[-1], metrics(straight)[-1]
     for key in ("eval/top1", "eval/top5", "eval/count", "eval_ema/top1", "eval_ema/top5"):
@@ -291,10 +297,10 @@ def test_a_second_signal_ends_at_once(start, tmp_path):
     assert program.wait(30) in (128 + 15, 75)  # 75: the save was quicker
 
 
-def test_trains_where_tensorflow_is_missing(start, straight, tmp_path, no_tensorflow):
+def test_trains_where_tensorflow_is_missing(start, straight, tmp_path):
+    """Prepares the data, too."""
     workdir = tmp_path / "run"
-    data = f"--config.data.dir={tmp_path / 'data'}"
-    program = start(workdir, data, **no_tensorflow)
+    program = start(workdir, f"--config.data.dir={tmp_path / 'data'}")
     assert program.wait() == 0, program.output
     assert program.output.count("no TensorBoard files") == 1
     assert not list(workdir.glob("events*"))
@@ -302,8 +308,7 @@ def test_trains_where_tensorflow_is_missing(start, straight, tmp_path, no_tensor
 
 
 def test_eight_devices_give_the_losses_of_one(start, straight, tmp_path):
-    flags = "--xla_force_host_platform_device_count=8"
-    program = start(tmp_path, "--config.steps=20", XLA_FLAGS=flags)
+    program = start(tmp_path, "--config.steps=20", devices=8)
     assert program.wait() == 0, program.output
     assert "on 8 x cpu" in program.output
     one, eight = values(straight, "train/loss"), values(tmp_path, "train/loss")
@@ -324,7 +329,7 @@ def test_eight_devices_give_the_losses_of_one(start, straight, tmp_path):
 def test_mistakes_fail_in_one_line(start, straight, tmp_path, flags, message):
     before = digests(straight, STEPS)
     workdir = straight if "seed" in flags[0] else tmp_path / "new"
-    program = start(workdir, *flags, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    program = start(workdir, *flags, devices=8)
     assert program.wait(60) == 1
     assert "Traceback" not in program.output
     assert program.output.startswith("error: ") and message in program.output
