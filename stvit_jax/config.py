@@ -111,6 +111,8 @@ def validate(config: ConfigDict) -> None:
     for field, least in at_least.items():
         if not field_of(config, field) >= least:  # NaN, too
             _fail(field, field_of(config, field), f"it must be at least {least}")
+    if config.seed >= 2**32:
+        _fail("seed", config.seed, "it must be less than 2**32")
     for field in ("ema_decay", "label_smoothing", "data.max_bad_fraction"):
         if not 0 <= field_of(config, field) < 1:
             _fail(field, field_of(config, field), "it must be in [0, 1)")

@@ -23,6 +23,7 @@ from stvit_jax.errors import UserError
         ("warmup_epochs", 301, "config.warmup_epochs is 301: the run has 300 epochs"),
         ("drop_path_schedule", ((3, 1.5),), "write ((epoch, rate), ...)"),
         ("model.name", "stvit_smal", "config.model: unknown model 'stvit_smal'; did you mean"),
+        ("seed", 2**32, "config.seed is 4294967296: it must be less than 2**32"),
         ("model.in_chans", 1, "config.model.in_chans is 1: pictures are read as RGB"),
         ("model.depths", (1, 2), "config.model: model.depths has 2 stages"),
     ],

@@ -100,8 +100,22 @@ def test_the_convert_command_converts(digits_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         open_source("tfds", "digits", str(tmp_path), train=True)
     _, *arguments = shlex.split(str(error.value).split("with: ")[1])
-    for _ in range(2):  # the second time there is nothing to do
-        subprocess.run([sys.executable, *arguments], check=True, timeout=300)
+
+    def convert() -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, *arguments], capture_output=True, text=True, timeout=300
+        )
+
+    (file,) = tmp_path.glob("digits/*/digits-train.tfrecord*")
+    sound = file.read_bytes()
+    file.write_bytes(sound[:5000] + bytes([sound[5000] ^ 4]) + sound[5001:])
+    damaged = convert()
+    assert damaged.returncode == 1
+    assert damaged.stderr.splitlines()[-1].startswith(f"error: {file} is damaged, prepare the set")
+    assert "Traceback" not in damaged.stderr
+    file.write_bytes(sound)
+    assert "has ArrayRecord files now" in convert().stdout
+    assert "has ArrayRecord files already" in convert().stdout
     for train in (True, False):
         ours = open_source("tfds", "digits", str(tmp_path), train=train)
         expected = open_source("tfds", "digits", str(digits_dir), train=train)
