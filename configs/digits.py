@@ -3,7 +3,10 @@
     python train.py --config configs/digits.py --workdir runs/digits
 
 Needs nothing but the requirements: the data set is prepared on first use.
-Hardware: 2 CPU cores. Time and top-1 on the held-out fifth: see the README.
+
+| hardware | time | top-1 raw | top-1 EMA |
+| --- | --- | --- | --- |
+| 2 CPU cores | 2 minutes | 99.17 | 99.17 |
 """
 
 from ml_collections import ConfigDict

@@ -19,6 +19,7 @@ from stvit_jax.recipes import imagenet
 
 def get_config(arg: str = "") -> ConfigDict:
     config = imagenet(arg)
+    config.eval_only = True
     config.robustness = (
         "imagenet2012_real",
         "imagenet_v2",

@@ -15,7 +15,7 @@ Evaluate released or own weights, at 224 and at 384:
         --config.eval_only=True --config.init_from=WEIGHTS_384
 
 Drop path is 0.4, and 0.6 for the last 40 epochs: the authors report that as better than 0.6
-throughout (`--config.model.drop_path_rate=0.6 --config.drop_path_schedule=()`).
+throughout (`--config.model.drop_path_rate=0.6 '--config.drop_path_schedule=()'`).
 
 | recipe | hardware | time | top-1 | top-1 in the paper |
 | --- | --- | --- | --- | --- |

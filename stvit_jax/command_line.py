@@ -1,6 +1,7 @@
 """The flags of `train.py`; a mistake in them is one line that names the field and the remedy."""
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -31,7 +32,7 @@ def run(act: Callable[[ConfigDict, Path], int]) -> None:
         return outer
 
     app.run(
-        guarded(lambda _: act(_CONFIG.value, Path(_WORKDIR.value).absolute())),
+        guarded(lambda _: act(_CONFIG.value, Path(_WORKDIR.value).expanduser().absolute())),
         flags_parser=guarded(parse),
     )
 
@@ -42,17 +43,31 @@ def parse(argv: list[str]) -> list[str]:
     Raises:
       UserError: a mistake in the command line or in the config file that it names.
     """
-    _check_config_file(argv)
-    try:
-        rest = flags.FLAGS(argv)
-    except Exception as error:  # ml_collections lets whatever it meets through
-        raise UserError(_explain(argv, error)) from error
+    rest = read_config(flags.FLAGS, argv)
     if flags.FLAGS["config"].value is None or flags.FLAGS.workdir is None:
         raise UserError("write: python train.py --config configs/NAME.py --workdir DIR")
     if flags.FLAGS["verbosity"].using_default_value:
         logging.set_verbosity(logging.WARNING)  # libraries log dozens of lines of information
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag; write --config.FIELD=VALUE")
+    return rest
+
+
+def read_config(values: flags.FlagValues, argv: list[str]) -> list[str]:
+    """Parses flags of which one, `config`, is a config file with overrides; returns what is left.
+
+    Raises:
+      UserError: as `parse`.
+    """
+    _check_config_file(argv)
+    try:
+        rest = values(argv)
+    except Exception as error:  # ml_collections lets whatever it meets through
+        raise UserError(_explain(argv, error)) from error
+    if (config := values["config"].value) is not None:
+        # A shell leaves the ~ of --config.data.dir=~/data as it is.
+        config.data.dir = os.path.expanduser(config.data.dir)
+        config.init_from = os.path.expanduser(config.init_from)
     return rest
 
 

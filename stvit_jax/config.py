@@ -4,6 +4,7 @@ A file in `configs/` takes `base()`, changes what differs, and locks the result.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,12 @@ def validate(config: ConfigDict) -> None:
     for field in ("ema_decay", "label_smoothing", "data.max_bad_fraction"):
         if not 0 <= field_of(config, field) < 1:
             _fail(field, field_of(config, field), "it must be in [0, 1)")
+    if not 0 <= config.augment.erasing_probability <= 1:
+        _fail(
+            "augment.erasing_probability",
+            config.augment.erasing_probability,
+            "it must be in [0, 1]",
+        )
     for field, known in {
         "dtype": ("bfloat16", "float32", "float64"),
         "data.source": ("tfds", "folder", "fake"),
@@ -129,10 +136,27 @@ def validate(config: ConfigDict) -> None:
             f"it must be a multiple of config.group_size {config.group_size} (0: the whole batch)",
         )
     if config.warmup_epochs > config.epochs:
-        _fail("warmup_epochs", config.warmup_epochs, f"the run has {config.epochs} epochs")
-    for change in config.drop_path_schedule:
-        if len(change) != 2 or not 0 <= change[1] < 1:
-            _fail("drop_path_schedule", config.drop_path_schedule, "write ((epoch, rate), ...)")
+        _fail(
+            "warmup_epochs",
+            config.warmup_epochs,
+            f"it must be at most config.epochs {config.epochs}",
+        )
+    if not all(map(_is_change, config.drop_path_schedule)):
+        _fail(
+            "drop_path_schedule",
+            config.drop_path_schedule,
+            "write ((epoch, rate), ...), such as ((260, 0.6),)",
+        )
+    if not all(isinstance(name, str) for name in config.robustness):
+        _fail("robustness", config.robustness, "write the names of data sets, ('imagenet_a', ...)")
+    values = (config.group_size or config.batch_size) * math.ceil(config.image_size / 32) ** 2
+    if values == 1 and not (config.freeze_batch_norm or config.eval_only):
+        _fail(
+            "image_size",
+            config.image_size,
+            "the last stage has one pixel, and BatchNorm one value in a group; raise "
+            "config.group_size, or config.image_size above 32",
+        )
     if config.model.in_chans not in (None, 3):
         _fail("model.in_chans", config.model.in_chans, "pictures are read as RGB; leave it out")
     model_settings(config)
@@ -196,6 +220,14 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         )
     return flat
+
+
+def _is_change(change: Any) -> bool:
+    """Whether an entry of `drop_path_schedule` is (epoch, rate)."""
+    if not isinstance(change, tuple | list) or len(change) != 2:
+        return False
+    epoch, rate = change
+    return type(epoch) is int and epoch >= 0 and isinstance(rate, int | float) and 0 <= rate < 1
 
 
 def _fail(field: str, value: Any, remedy: str) -> None:

@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from PIL import Image, ImageDraw, ImageFont
 
+from stvit_jax import command_line, training
 from stvit_jax import config as configs
 from stvit_jax.augment import augment_batch
 from stvit_jax.data.loader import train_batches
@@ -42,14 +42,15 @@ def contact_sheet(config: ConfigDict) -> Image.Image:
     """
     configs.validate(config)
     source = open_source(config.data.source, config.data.name, config.data.dir, train=True)
-    order = Order(
-        len(source), GROUPS * GROUP_SIZE, GROUP_SIZE, config.data.repeats, seed=config.seed
-    )
+    count = GROUPS * GROUP_SIZE
+    if len(source) < count:
+        raise UserError(f"{source.name} has {len(source)} images, and the sheet shows {count}")
+    order = Order(len(source), count, GROUP_SIZE, config.data.repeats, seed=config.seed)
     batches = train_batches(source, order, image_size=config.image_size, flip=config.data.flip)
     batch = next(batches)
     batches.close()
     images, targets = augment_batch(
-        jax.random.key(config.seed),
+        training.step_keys(config.seed, 0)[0],
         batch["image"],
         batch["label"],
         num_classes=source.num_classes,
@@ -126,16 +127,15 @@ def _parse() -> tuple[ConfigDict, Path]:
     parser.add_argument("--output", required=True, type=Path, help="the PNG to write")
     known, overrides = parser.parse_known_args()
     values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values)
-    if not Path(known.config.split(":")[0]).is_file():  # ml_collections would take it for a config
-        raise UserError(f"there is no config {known.config!r}; write configs/NAME.py")
-    try:
-        rest = values(["contact_sheet", f"--config={known.config}", *overrides])
-    except Exception as error:  # ml_collections lets whatever it meets through
-        raise UserError(str(error).strip().splitlines()[-1].strip()) from error
+    config = config_flags.DEFINE_config_file("config", flag_values=values)
+    rest = command_line.read_config(
+        values, ["contact_sheet", f"--config={known.config}", *overrides]
+    )
     if rest[1:]:
         parser.error(f"unrecognized argument {rest[1]!r}")
-    return holder.value, known.output
+    if not known.output.parent.is_dir():
+        raise UserError(f"{known.output.parent} does not exist: create it, or correct --output")
+    return config.value, known.output
 
 
 def main() -> None:
@@ -143,9 +143,10 @@ def main() -> None:
     try:
         config, output = _parse()
         sheet = contact_sheet(config)
-        sheet.save(output, "PNG")
     except UserError as error:
         sys.exit(f"error: {error}")
+    try:
+        sheet.save(output, "PNG")
     except OSError as error:
         sys.exit(f"error: {output} cannot be written: {error.strerror}")
     print(f"{output}: {GROUPS * GROUP_SIZE} images before and after augmentation")

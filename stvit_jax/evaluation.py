@@ -1,14 +1,39 @@
 """Exact evaluation: every image of a data set counts once."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from stvit_jax import parallel, settings, weights
+from stvit_jax.errors import UserError
 from stvit_jax.metrics import Progress
+from stvit_jax.model import STViT
 from stvit_jax.signals import Stop
 
 Sums = dict[str, float]
+
+
+def read_variables(
+    model: STViT, path: str | Path, ema: bool, mesh: Mesh
+) -> tuple[dict[str, Any], Path]:
+    """The network's variables from weights of any form, on all devices, and where they were found.
+
+    Raises:
+      UserError: no weights, or those of another network or of another number of classes.
+    """
+    read = weights.read(path, ema)
+    weights.check_heads(model, read)
+    abstract = settings.abstract(model)
+    if weights.has_other_head(abstract, read):
+        raise UserError(
+            f"{read.source} has a head for another number of classes than {model.num_classes}, "
+            "those of the data: there is nothing to evaluate"
+        )
+    merged = weights.merge(abstract, read)
+    return jax.device_put(merged, parallel.replicated(mesh)), read.source
 
 
 def evaluate(

@@ -7,6 +7,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from stvit_jax.errors import UserError
+
+
+def make_workdir(workdir: Path) -> None:
+    """Creates the folder of a run.
+
+    Raises:
+      UserError: it cannot be created.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}") from error
+
 
 class MetricWriter:
     """Writes metrics of a step to `metrics.jsonl` and, where TensorFlow is present, TensorBoard.
@@ -42,9 +56,12 @@ class MetricWriter:
         self._writing = self._thread.submit(self._write_tensorboard, step, metrics)
 
     def find(self, step: int, key: str) -> dict[str, float] | None:
-        """The last line with `key` of `step`, from this run or the one that it continues."""
+        """The last line with `key` of `step`, from this run or the one that it continues.
+
+        Lines of `eval_only` do not count: they may be about other data.
+        """
         for line in reversed(self._lines):
-            if line["step"] == step and key in line:
+            if line["step"] == step and key in line and "eval_only" not in line:
                 return line
         return None
 

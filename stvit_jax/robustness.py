@@ -23,13 +23,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from stvit_jax import config as configs
-from stvit_jax import parallel, settings, training, weights
+from stvit_jax import parallel, training
 from stvit_jax.data.loader import device_prefetch, eval_batches
 from stvit_jax.data.normalization import normalize
 from stvit_jax.data.sources import TfdsSource, open_tfds
 from stvit_jax.errors import UserError
-from stvit_jax.metrics import MetricWriter, Progress, say
-from stvit_jax.model import STViT, create_model
+from stvit_jax.evaluation import read_variables
+from stvit_jax.metrics import MetricWriter, Progress, make_workdir, say
+from stvit_jax.model import create_model
 from stvit_jax.signals import STOPPED, Stop
 
 CLASSES = 1000
@@ -51,7 +52,6 @@ def run(config: ConfigDict, workdir: Path, stop: Stop) -> int:
     Raises:
       UserError: no weights, weights of another network, or a set that is not prepared.
     """
-    configs.validate(config)
     if not config.init_from:
         raise UserError("config.init_from is empty: name the weights to evaluate")
     mesh = parallel.make_mesh(config.batch_size)
@@ -61,7 +61,8 @@ def run(config: ConfigDict, workdir: Path, stop: Stop) -> int:
         dtype=jnp.dtype(config.dtype),
         **(configs.model_settings(config) | {"num_classes": CLASSES}),
     )
-    variables = _variables(model, Path(config.init_from), config.init_from_ema, mesh)
+    variables, _ = read_variables(model, config.init_from, config.init_from_ema, mesh)
+    make_workdir(workdir)
     step = training.compile_step(
         lambda variables, batch: model.apply(variables, normalize(batch["image"])),
         variables,
@@ -87,14 +88,13 @@ def run(config: ConfigDict, workdir: Path, stop: Stop) -> int:
                 found.append(_rows(step(variables, batch), batch, mesh))
                 progress.update(min(len(found) * config.batch_size, len(source)))
         logits, labels, readable = (np.concatenate(column) for column in zip(*found, strict=True))
-        if name == REAL:
+        if _base(name) == REAL:
             result = real_accuracy(logits, _real_labels(source), readable)
         else:
-            subset = np.unique(labels) if name in SUBSETS else None
+            subset = np.unique(labels) if _base(name) in SUBSETS else None
             result = accuracy(logits, labels, readable, subset)
         metrics |= {f"robustness/{name}/{key}": value for key, value in result.items()}
         say(f"{name}: {_describe(result)}")
-    workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(MetricWriter(workdir)) as writer:
         writer.write(0, 0.0, metrics)
     return 0
@@ -146,10 +146,18 @@ def real_accuracy(
     }
 
 
+def _base(name: str) -> str:
+    """The set's name without variant and version."""
+    return name.split(":")[0].split("/")[0]
+
+
 def _open(name: str, data_dir: str) -> TfdsSource:
     variant = {"imagenet_v2": "imagenet_v2/matched-frequency"}.get(name, name)
-    label_key = "original_label" if name == REAL else None
-    source = open_tfds(variant, data_dir, train=False, label_key=label_key)
+    label_key = "original_label" if _base(name) == REAL else None
+    try:
+        source = open_tfds(variant, data_dir, train=False, label_key=label_key)
+    except UserError as error:
+        raise UserError(f"config.robustness: {error}") from None
     if source.num_classes != CLASSES:
         raise UserError(
             f"config.robustness names {name!r}, which has {source.num_classes} classes, not "
@@ -160,16 +168,12 @@ def _open(name: str, data_dir: str) -> TfdsSource:
 
 def _real_labels(source: TfdsSource) -> list[np.ndarray]:
     # The loader's batches hold one label an image, so the records are read once more.
-    return [np.asarray(source.records[index]["real_label"]) for index in range(len(source))]
-
-
-def _variables(model: STViT, path: Path, ema: bool, mesh: Mesh) -> dict:
-    read = weights.read(path, ema)
-    weights.check_heads(model, read)
-    abstract = settings.abstract(model)
-    if weights.has_other_head(abstract, read):
-        raise UserError(f"{read.source} has a head for another number of classes than {CLASSES}")
-    return jax.device_put(weights.merge(abstract, read), parallel.replicated(mesh))
+    progress = Progress("reading the labels", len(source))
+    labels = []
+    for index in range(len(source)):
+        labels.append(np.asarray(source.records[index]["real_label"]))
+        progress.update(index + 1)
+    return labels
 
 
 def _rows(logits: jax.Array, batch: dict[str, jax.Array], mesh: Mesh) -> tuple[np.ndarray, ...]:

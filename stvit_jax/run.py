@@ -20,7 +20,6 @@ from stvit_jax import (
     parallel,
     robustness,
     schedules,
-    settings,
     training,
     weights,
 )
@@ -30,8 +29,8 @@ from stvit_jax.data.loader import DevicePrefetch, device_prefetch, eval_batches,
 from stvit_jax.data.order import Order
 from stvit_jax.data.sources import Source, open_source
 from stvit_jax.errors import UserError
-from stvit_jax.evaluation import describe, evaluate
-from stvit_jax.metrics import MetricWriter, say
+from stvit_jax.evaluation import describe, evaluate, read_variables
+from stvit_jax.metrics import MetricWriter, make_workdir, say
 from stvit_jax.model import STViT, create_model
 from stvit_jax.signals import STOPPED, Stop
 
@@ -46,14 +45,14 @@ def run(config: ConfigDict, workdir: Path, stop: Stop) -> int:
       UserError: a mistake in the config, the data or the workdir.
     """
     configs.validate(config)
-    if config.robustness:
-        return robustness.run(config, workdir, stop)
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
+    if config.robustness:
+        return robustness.run(config, workdir, stop)
     mesh = parallel.make_mesh(config.batch_size)
     open_split = partial(open_source, config.data.source, config.data.name, config.data.dir)
     eval_source = open_split(train=False)
-    model = _model(config, eval_source.num_classes)
+    model = _model(config, eval_source)
     if config.eval_only:  # sets that only test (imagenet_v2) have no other split
         return _evaluate(config, workdir, model, eval_source, mesh, stop)
     return _train(config, workdir, model, open_split(train=True), eval_source, mesh, stop)
@@ -77,7 +76,7 @@ def _train(
     _open_workdir(config, workdir)
     say(
         f"{config.model.name} on {mesh.size} x {mesh.devices.flat[0].device_kind}; "
-        f"{config.data.name}: {len(train_source)} images to train on, {len(eval_source)} to "
+        f"{train_source.name}: {len(train_source)} images to train on, {len(eval_source)} to "
         f"evaluate on; workdir {workdir}"
     )
     with contextlib.ExitStack() as stack:
@@ -145,27 +144,21 @@ def _evaluate(
 ) -> int:
     """Evaluates `init_from`, or the newest checkpoint of the workdir, raw and EMA; only reads."""
     path = Path(config.init_from or workdir)
-    found = {"eval": weights.read(path, config.init_from_ema)}
-    if not config.init_from and config.ema_decay:
-        found["eval_ema"] = weights.read(path, ema=True)
     variables = {}
-    for name, read in found.items():
-        weights.check_heads(model, read)
-        if weights.has_other_head(settings.abstract(model), read):
-            raise UserError(
-                f"{read.source} has a head for another number of classes than the "
-                f"{model.num_classes} of {config.data.name}: there is nothing to evaluate"
-            )
-        merged = weights.merge(settings.abstract(model), read)
-        variables[name] = jax.device_put(merged, parallel.replicated(mesh))
-    say(f"evaluating {found['eval'].source} on {len(source)} images of {config.data.name}")
+    variables["eval"], found = read_variables(model, path, config.init_from_ema, mesh)
+    if not config.init_from and config.ema_decay:
+        variables["eval_ema"], _ = read_variables(model, path, True, mesh)
+    make_workdir(workdir)
+    say(f"evaluating {found} on {len(source)} images of {source.name}")
     eval_step = _compile(training.make_eval_step(model), variables["eval"], config, mesh)
     with contextlib.closing(_eval_loader(config, source, mesh)) as loader:
         metrics = evaluate(eval_step, variables, loader, len(source), stop)
-    _make(workdir)
-    step = int(found["eval"].source.name) if found["eval"].source.name.isdecimal() else 0
+    if metrics is None:
+        return STOPPED
+    step = int(found.name) if found.name.isdecimal() else 0
     with contextlib.closing(MetricWriter(workdir)) as writer:
-        writer.write(step, 0.0, metrics)
+        epoch = (writer.find(step, "epoch") or {"epoch": 0.0})["epoch"]
+        writer.write(step, epoch, metrics | {"eval_only": True})
     say(f"evaluated: {describe(metrics)}; see {workdir / 'metrics.jsonl'}")
     return 0
 
@@ -182,11 +175,12 @@ def _plan(config: ConfigDict, steps_per_epoch: int) -> loop.Plan:
     )
 
 
-def _model(config: ConfigDict, classes: int) -> STViT:
+def _model(config: ConfigDict, source: Source) -> STViT:
     overrides = configs.model_settings(config)
+    classes = source.num_classes
     if overrides.setdefault("num_classes", classes) != classes:
         raise UserError(
-            f"config.model.num_classes is {config.model.num_classes}, but {config.data.name} has "
+            f"config.model.num_classes is {config.model.num_classes}, but {source.name} has "
             f"{classes} classes: leave it out, or set {classes}"
         )
     return create_model(
@@ -237,15 +231,8 @@ def _open_workdir(config: ConfigDict, workdir: Path) -> None:
     recipe = workdir / "config.json"
     if recipe.exists() and any(workdir.glob("checkpoints/[0-9]*")):
         configs.check_same_recipe(config, recipe)
-    _make(workdir)
+    make_workdir(workdir)
     configs.write(config, recipe)
-
-
-def _make(workdir: Path) -> None:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}") from error
 
 
 def _state(

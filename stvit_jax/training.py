@@ -51,6 +51,12 @@ def init_state(
     )
 
 
+def step_keys(seed: int, step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """The keys of the augmentation and of drop path, for one step of a run."""
+    augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+    return augment_key, dropout_key
+
+
 def make_train_step(
     model: STViT,
     tx: optax.GradientTransformation,
@@ -78,8 +84,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        augment_key, dropout_key = jax.random.split(key)
+        augment_key, dropout_key = step_keys(seed, state.step)
         images, targets = augment(augment_key, batch["image"], batch["label"])
 
         def loss_fn(params: Any) -> tuple[jax.Array, Any]:

@@ -4,6 +4,8 @@ import re
 import sys
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from stvit_jax import command_line
 from stvit_jax import config as configs
@@ -20,8 +22,15 @@ from stvit_jax.errors import UserError
         ("data.source", "webdataset", "config.data.source is 'webdataset': it must be one of tfds"),
         ("data.workers", -1, "config.data.workers is -1: it must be at least 0"),
         ("log_every", 0, "config.log_every is 0: it must be at least 1"),
-        ("warmup_epochs", 301, "config.warmup_epochs is 301: the run has 300 epochs"),
+        ("warmup_epochs", 301, "warmup_epochs is 301: it must be at most config.epochs 300"),
         ("drop_path_schedule", ((3, 1.5),), "write ((epoch, rate), ...)"),
+        ("drop_path_schedule", (3, 0.5), "write ((epoch, rate), ...)"),
+        ("drop_path_schedule", ((3, "a"),), "write ((epoch, rate), ...)"),
+        ("drop_path_schedule", ((1.5, 0.2),), "write ((epoch, rate), ...)"),
+        ("drop_path_schedule", ((-1, 0.2),), "write ((epoch, rate), ...)"),
+        ("augment.erasing_probability", 1.5, "erasing_probability is 1.5: it must be in [0, 1]"),
+        ("augment.erasing_probability", float("nan"), "is nan: it must be in [0, 1]"),
+        ("robustness", (1,), "config.robustness is (1,): write the names of data sets"),
         ("model.name", "stvit_smal", "config.model: unknown model 'stvit_smal'; did you mean"),
         ("seed", 2**32, "config.seed is 4294967296: it must be less than 2**32"),
         ("model.in_chans", 1, "config.model.in_chans is 1: pictures are read as RGB"),
@@ -35,6 +44,20 @@ def test_mistakes_are_named(field, value, message):
         (configs.field_of(config, ".".join(path)) if path else config)[last] = value
     with pytest.raises(UserError, match=re.escape(message)):
         configs.validate(config)
+
+
+@pytest.mark.parametrize(
+    "image_size, group_size, valid", [(32, 1, False), (33, 1, True), (32, 2, 1)]
+)
+def test_one_value_cannot_be_normalised(image_size, group_size, valid):
+    config = configs.base()
+    config.image_size, config.group_size = image_size, group_size
+    if valid:
+        return configs.validate(config)
+    with pytest.raises(UserError, match="BatchNorm one value in a group; raise config.group_size"):
+        configs.validate(config)
+    config.eval_only = True
+    configs.validate(config)
 
 
 def test_the_base_is_valid():
@@ -88,3 +111,15 @@ def test_mistakes_on_the_command_line(arguments, message, monkeypatch):
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         command_line.parse(sys.argv)
     assert "\n" not in str(caught.value)
+
+
+def test_a_home_directory_is_expanded(monkeypatch):
+    """A shell leaves the ~ of --flag=~/x as it is."""
+    monkeypatch.setenv("HOME", "/home/of")
+    where = ["--config.data.dir=~/data", "--config.init_from=~/w.pth"]
+    arguments = ["x", "--config=configs/digits.py", *where]
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", flag_values=values)
+    monkeypatch.setattr(sys, "argv", arguments)
+    command_line.read_config(values, arguments)
+    assert (config.value.data.dir, config.value.init_from) == ("/home/of/data", "/home/of/w.pth")

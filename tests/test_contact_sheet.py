@@ -13,6 +13,7 @@ from stvit_jax.contact_sheet import GAP, GROUP_SIZE, GROUPS, LINE, TILE
 from stvit_jax.data.loader import train_batches
 from stvit_jax.data.order import Order
 from stvit_jax.data.sources import open_source
+from tests.mini_sets import picture
 
 ROOT = Path(__file__).parents[1]
 PLAIN = ("--config.augment.mixup=False",)
@@ -31,7 +32,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
     def run(*arguments: str) -> Path:
         output = tmp_path / "sheet.png"
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", ["contact_sheet", *arguments, "--output", str(output)])
+        monkeypatch.setattr(sys, "argv", ["contact_sheet", "--output", str(output), *arguments])
         contact_sheet.main()
         return output
 
@@ -72,7 +73,7 @@ def test_captions_name_what_an_image_is_trained_on() -> None:
     ("arguments", "message"),
     [
         (["configs/digit.py"], "there is no config 'configs/digit.py'"),
-        (["configs/digits.py", "--config.image_sise=3"], "image_sise"),
+        (["configs/digits.py", "--config.image_sise=3"], "did you mean config.image_size?"),
         (["configs/digits.py", "--config.data.source=folder"], "train does not exist"),
         (["configs/stvit_small.py:385"], "config argument '385' is unknown"),
     ],
@@ -80,4 +81,16 @@ def test_captions_name_what_an_image_is_trained_on() -> None:
 def test_mistakes_are_one_line(run, arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as stopped:
         run(*arguments)
-    assert message in str(stopped.value) and "\n" not in str(stopped.value)
+    assert message in str(stopped.value)
+    assert "\n" not in str(stopped.value) and "\\n" not in str(stopped.value)
+
+
+def test_a_set_too_small_and_a_folder_that_is_not_there(run, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        (tmp_path / split / "a" / "1.png").write_bytes(picture(1, form="PNG"))
+    folder = ("--config.data.source=folder", f"--config.data.dir={tmp_path}")
+    with pytest.raises(SystemExit, match="train has 1 images, and the sheet shows 18"):
+        run("configs/digits.py", *folder)
+    with pytest.raises(SystemExit, match="nowhere does not exist: create it, or correct --output"):
+        run("configs/digits.py", "--output", str(tmp_path / "nowhere" / "sheet.png"))

@@ -63,6 +63,20 @@ def test_mistakes_are_named(mnist) -> None:
     labels.write_bytes(gzip.compress(b"something else"))
     with pytest.raises(UserError, match="no idx file of uint8 with 1 dim"):
         write_folders(source, source / "other")
+    labels.write_bytes(gzip.compress(b"\0\0\x08\x01\0"))
+    with pytest.raises(UserError, match="no idx file of uint8 with 1 dim"):
+        write_folders(source, source / "other")
+    write_idx(labels, data["val"][1])
+    sound = labels.read_bytes()
+    for damaged in (sound[:-9], sound[:14] + bytes([sound[14] ^ 255]) + sound[15:]):
+        labels.write_bytes(damaged)
+        with pytest.raises(UserError, match="t10k-labels-idx1-ubyte.gz cannot be read"):
+            write_folders(source, source / "other")
+    labels.write_bytes(sound)
+    (source / "file").touch()
+    with pytest.raises(UserError, match="file/other cannot be written: Not a directory"):
+        write_folders(source, source / "file" / "other")
+    assert not (source / "other").exists()
     labels.unlink()
     with pytest.raises(UserError, match="cannot be read: No such file"):
         write_folders(source, source / "other")

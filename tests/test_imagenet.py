@@ -176,6 +176,22 @@ def test_the_readme_has_the_twelve_commands() -> None:
 @pytest.mark.parametrize("command", published_commands())
 def test_a_published_command(published, tfds_dir: Path, tmp_path: Path, command: str) -> None:
     """Each on a narrow network and one small batch, at the recipe's resolution."""
+    run_published_command(command, published, tfds_dir, tmp_path)
+
+
+@pytest.mark.parametrize("number", [0, 7, 11])
+def test_a_published_command_at_64_pixels(
+    published, tfds_dir: Path, tmp_path: Path, number: int
+) -> None:
+    """One that evaluates, one that trains, and one that fine-tunes, each of another variant."""
+    run_published_command(
+        published_commands()[number], published, tfds_dir, tmp_path, "--config.image_size=64"
+    )
+
+
+def run_published_command(
+    command: str, published: Callable, tfds_dir: Path, tmp_path: Path, *more: str
+) -> None:
     python, script, *arguments = shlex.split(command)
     assert (python, script) == ("python", "train.py")
     config_flag, config, workdir_flag, workdir, *rest = arguments
@@ -191,6 +207,7 @@ def test_a_published_command(published, tfds_dir: Path, tmp_path: Path, command:
         workdir,
         *NARROW,
         *flags,
+        *more,
         f"--config.data.dir={tfds_dir}",
         "--config.data.workers=0",
         "--config.steps=1",

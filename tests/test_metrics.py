@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from stvit_jax.metrics import MetricWriter
+from stvit_jax.errors import UserError
+from stvit_jax.metrics import MetricWriter, make_workdir
 from tests.program import metrics
 
 
@@ -38,3 +39,20 @@ def test_a_run_that_is_evaluated_meanwhile_keeps_its_lines(tmp_path: Path) -> No
     training.write(2, 0.2, {"train/loss": 2.0})
     training.close()
     assert [line["step"] for line in metrics(tmp_path)] == [1, 1, 2]
+
+
+def test_an_evaluation_of_its_own_does_not_stand_for_the_runs(tmp_path: Path) -> None:
+    """It may be about other data, and the run's own at this step may still be due."""
+    writer = MetricWriter(tmp_path)
+    writer.write(7, 0.5, {"eval/top1": 0.1})
+    writer.write(7, 0.5, {"eval/top1": 0.9, "eval_only": True})
+    writer.write(8, 0.6, {"eval/top1": 0.9, "eval_only": True})
+    assert writer.find(7, "eval/top1")["eval/top1"] == 0.1
+    assert writer.find(8, "eval/top1") is None
+    writer.close()
+
+
+def test_a_workdir_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--workdir .*file/run cannot be written: Not a directory"):
+        make_workdir(tmp_path / "file" / "run")

@@ -139,6 +139,17 @@ def test_a_set_that_only_tests_is_evaluated_by_its_name(
     assert line["eval/count"] == IMAGES and line["eval/unreadable"] == 1
 
 
+def test_a_version_keeps_the_rules_of_the_set(
+    data_dir: Path, network: tuple[STViT, dict, Path], tmp_path: Path
+) -> None:
+    names = ("imagenet_a:0.1.0", "imagenet2012_real:1.0.0", "imagenet_v2/matched-frequency:3.0.0")
+    evaluate("eval_robustness", tmp_path, network[2], data_dir, f"--config.robustness={names}")
+    (line,) = metrics(tmp_path)
+    assert line["robustness/imagenet_a:0.1.0/classes"] == len(set(LABELS))
+    assert line["robustness/imagenet2012_real:1.0.0/count"] == sum(map(bool, REAL_LABELS))
+    assert line["robustness/imagenet_v2/matched-frequency:3.0.0/count"] == IMAGES
+
+
 def test_mistakes_are_named(digits_dir: Path, tmp_path: Path) -> None:
     config = base()
     config.data.dir = str(tmp_path)
@@ -146,7 +157,10 @@ def test_mistakes_are_named(digits_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="init_from is empty"):
         robustness.run(config, tmp_path / "run", Stop())
     config.init_from = "weights.pth"
-    with pytest.raises(UserError, match=r"imagenet_r' is not prepared in .*download_and_prepare"):
+    with pytest.raises(
+        UserError,
+        match=r"config.robustness: .*imagenet_r' is not prepared in .*download_and_prepare",
+    ):
         robustness.run(config, tmp_path / "run", Stop())
     config.data.dir = str(digits_dir)
     config.robustness = ("digits",)

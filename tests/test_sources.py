@@ -57,7 +57,13 @@ def test_a_source_pickles_small(digits_dir: Path) -> None:
                 "ILSVRC2012_img_val.tar",
             ],
         ),
+        ("imagenet2012_subset/10pct", ["manual_dir=", "ILSVRC2012_img_train.tar"]),
         ("cifar100", ["tfds.builder('cifar100'", "file_format='array_record'"]),
+        ("cifar100/nope", ["'cifar100/nope' cannot be prepared", "BuilderConfig nope not found"]),
+        ("cifar100:9.9.9", ["cannot be prepared", "only: 3.0.2"]),
+        ("coco", ["'coco' has no ClassLabel feature 'label'"]),
+        ("foo bar", ["'foo bar' cannot be opened", "correct data.name"]),
+        ("", ["'' cannot be opened", "correct data.name"]),
     ],
 )
 def test_unknown_and_unprepared_sets(tmp_path: Path, name: str, words: list[str]) -> None:
@@ -82,11 +88,19 @@ def test_a_missing_data_dir(tmp_path: Path) -> None:
 
 
 def test_tfrecord_gets_the_convert_command(own_digits: Path) -> None:
+    own_digits = own_digits.rename(own_digits.with_name("a folder"))
     change_info(own_digits / "digits" / "1.0.0", fileFormat="tfrecord")
-    command = f"python -m stvit_jax.data.convert {own_digits}/digits/1.0.0"
+    command = f"python -m stvit_jax.data.convert '{own_digits}/digits/1.0.0'"
     with pytest.raises(UserError, match="prepared as tfrecord") as error:
         open_source("tfds", "digits", str(own_digits), train=True)
     assert str(error.value).endswith(command)
+
+
+@pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
+def test_damaged_metadata_is_named(own_digits: Path, file: str) -> None:
+    (own_digits / "digits" / "1.0.0" / file).write_text("{")
+    with pytest.raises(UserError, match="'digits' cannot be opened .*prepare the set again"):
+        open_source("tfds", "digits", str(own_digits), train=True)
 
 
 @pytest.mark.slow
@@ -209,6 +223,7 @@ def test_folder_mistakes(folders: Path) -> None:
     (folders / "train" / "c").mkdir()
     assert "different classes (only in one: c)" in error(train=False)
     (folders / "val" / "c").mkdir()
+    (folders / "train" / "c" / "x.png").mkdir()
     assert "train/c holds no images" in error(train=True)
     shutil.rmtree(folders / "val")
     assert "val does not exist" in error(train=False) and "class folders under" in error(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import stvit_jax
 from stvit_jax import optimizer, training
@@ -79,6 +80,48 @@ def moved(before, after):
     """Whether any leaf is not equal."""
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     return [not np.array_equal(a, b) for a, b in pairs]
+
+
+class Noisy(nn.Module):
+    """In the place of the network, where only the keys matter: its output shows them."""
+
+    in_chans: int = 3
+
+    @nn.compact
+    def __call__(self, images, train=False, drop_path_rate=0.0):
+        count = self.variable("batch_stats", "count", jnp.zeros, ())
+        noise = jax.random.uniform(self.make_rng("dropout")) if train else 0.0
+        return nn.Dense(10)(images.mean((1, 2)) + noise) + count.value
+
+
+@pytest.mark.parametrize("part", ["augmentation", "drop path"])
+def test_keys_differ_between_steps_and_between_seeds(batch, part):
+    model, tx = Noisy(), optimizer.adamw(lambda step: 1e-3, 0.0)
+
+    def noisy(key, images, labels):
+        shift = jax.random.uniform(key) if part == "augmentation" else 0.0
+        return stvit_jax.data.normalize(images) + shift, jax.nn.one_hot(labels, 10)
+
+    def loss(step, seed):
+        train_step = training.make_train_step(
+            model,
+            tx,
+            seed=seed,
+            augment=noisy,
+            drop_path=lambda step: 0.0,
+            ema_decay=0.0,
+            freeze_batch_norm=part == "augmentation",
+        )
+        key = jax.random.key(0)
+        variables = jax.jit(model.init)(key, jnp.zeros((1, 32, 32, 3)))
+        state = training.TrainState(
+            jnp.int32(step), **variables, opt_state=tx.init(variables["params"]), ema={}
+        )
+        return float(jax.jit(train_step)(state, batch)[1]["loss"])
+
+    losses = [loss(step, seed) for step, seed in ((0, 0), (1, 0), (0, 1), (1, 1))]
+    assert len(set(losses)) == 4
+    assert loss(1, 0) == losses[1]
 
 
 def test_a_step_moves_everything_and_counts(plain, batch):

@@ -6,7 +6,9 @@ MNIST, Fashion-MNIST and their kin are published; FOLDER gets `train/` and `val/
 """
 
 import gzip
+import shutil
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,8 @@ def write_folders(source: Path, folder: Path) -> None:
     """Writes every image of `source` to `folder/SPLIT/LABEL/NUMBER.png`.
 
     Raises:
-      UserError: a file of `source` is missing or not in the format, or `folder` exists already.
+      UserError: a file of `source` is missing, damaged or not in the format; `folder` exists
+        already, or cannot be written.
     """
     if folder.exists():
         raise UserError(f"{folder} exists already: remove it, or write to another folder")
@@ -35,24 +38,34 @@ def write_folders(source: Path, folder: Path) -> None:
     for split, (images, labels) in data.items():
         if len(images) != len(labels):
             raise UserError(f"{source}: {len(images)} images, but {len(labels)} labels ({split})")
-        for label in np.unique(labels):
-            (folder / split / str(label)).mkdir(parents=True)
-        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-            Image.fromarray(image).save(folder / split / str(label) / f"{number:05}.png")
-        print(f"{folder / split}: {len(images)} images", flush=True)
+    partial = folder.with_name(f"{folder.name}.partial")  # only a whole set gets the name
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for split, (images, labels) in data.items():
+            for label in np.unique(labels):
+                (partial / split / str(label)).mkdir(parents=True)
+            for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+                Image.fromarray(image).save(partial / split / str(label) / f"{number:05}.png")
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+    for split, (images, _) in data.items():
+        print(f"{folder / split}: {len(images)} images")
 
 
 def _read(path: Path, dimensions: int) -> np.ndarray:
     """uint8: two zero bytes, the type (8: uint8), the dimensions, their sizes, the values."""
     try:
         data = gzip.decompress(path.read_bytes())
-    except OSError as error:  # gzip's own error is one, too
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    if data[:4] != bytes((0, 0, 8, dimensions)):
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read: {reason}") from error
+    header = 4 + 4 * dimensions
+    if len(data) < header or data[:4] != bytes((0, 0, 8, dimensions)):
         raise UserError(f"{path} is no idx file of uint8 with {dimensions} dimensions")
-    shape = np.frombuffer(data, ">u4", dimensions, offset=4)
-    values = np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions)
-    if len(values) != np.prod(shape):
+    shape = np.frombuffer(data[:header], ">u4", offset=4)
+    values = np.frombuffer(data, np.uint8, offset=header)
+    if len(values) != np.prod(shape, dtype=np.int64):
         raise UserError(f"{path} holds {len(values)} values, not {' x '.join(map(str, shape))}")
     return values.reshape(shape)
 

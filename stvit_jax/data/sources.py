@@ -11,6 +11,7 @@ import difflib
 import io
 import itertools
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ class Source(abc.ABC):
     """Random access to one split of an image-classification set.
 
     Attributes:
+      name: of the set, for messages.
       class_names: by label.
     """
 
+    name: str
     class_names: tuple[str, ...]
 
     @property
@@ -81,12 +84,14 @@ class TfdsSource(Source):
     """A split in ArrayRecord files.
 
     Attributes:
+      name: as `tfds` has it.
       class_names: by label.
       records: tfds's random access to the examples of the split, images left encoded.
       image_key: the feature that holds the encoded image.
       label_key: the feature that holds the label.
     """
 
+    name: str
     class_names: tuple[str, ...]
     records: Any
     image_key: str
@@ -117,16 +122,13 @@ class TfdsSource(Source):
 
 def open_tfds(name: str, data_dir: str, *, train: bool, label_key: str | None = None) -> TfdsSource:
     """As `open_source`; `label_key` names another feature than the set's own label."""
-    from stvit_jax.data import digits  # imports tfds, also where TensorFlow is blocked
-
-    if name == "digits":
-        digits.prepare(data_dir)
-    builder = _find_prepared(name, data_dir)
+    builder = _find_prepared(name, data_dir, label_key)
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if "array_record" not in formats:
         raise UserError(
             f"{builder.data_path} is prepared as {'/'.join(sorted(formats))}, which has no random "
-            f"access; convert it once with: python -m stvit_jax.data.convert {builder.data_path}"
+            "access; convert it once with: python -m stvit_jax.data.convert "
+            + shlex.quote(str(builder.data_path))
         )
 
     splits = builder.info.splits
@@ -143,41 +145,69 @@ def open_tfds(name: str, data_dir: str, *, train: bool, label_key: str | None = 
     records = builder.as_data_source(
         split, decoders={image_key: tfds.decode.SkipDecoding()}, file_format="array_record"
     )
-    return TfdsSource(class_names, records, image_key, label_key)
+    return TfdsSource(name, class_names, records, image_key, label_key)
 
 
-def _find_prepared(name: str, data_dir: str) -> Any:
+def _find_prepared(name: str, data_dir: str, label_key: str | None) -> Any:
     """The builder of a prepared set, made from its files: no code of the set is imported."""
     import tensorflow_datasets as tfds
     from etils import epath
     from tensorflow_datasets.core import read_only_builder
 
-    if data_dir and not epath.Path(data_dir).exists():
-        raise UserError(f"data.dir {data_dir} does not exist: create it, or correct data.dir")
+    from stvit_jax.data import digits
+
     try:
-        return read_only_builder.builder_from_files(name, data_dir=data_dir or None)
+        if name == "digits":
+            digits.prepare(data_dir)
+        elif data_dir and not epath.Path(data_dir).exists():
+            raise UserError(f"data.dir {data_dir} does not exist: create it, or correct data.dir")
+        builder = read_only_builder.builder_from_files(name, data_dir=data_dir or None)
+        len(builder.info.features)  # read here, so that damage is noticed here
+        return builder
+    except UserError:
+        raise
     except tfds.core.DatasetNotFoundError:
-        known = tfds.list_builders(with_community_datasets=False)  # "digits" registered itself
+        raise _unprepared(name, data_dir, label_key) from None
+    except Exception as error:  # a name that tfds cannot parse; metadata that no reader takes
+        raise UserError(
+            f"tfds data set {name!r} cannot be opened ({_one_line(error)}): correct data.name, or "
+            "prepare the set again if its files are damaged"
+        ) from error
+
+
+def _unprepared(name: str, data_dir: str, label_key: str | None) -> UserError:
+    """What to do about a set that is not there: correct its name, or the command to prepare it."""
+    import tensorflow_datasets as tfds
+
+    known = tfds.list_builders(with_community_datasets=False)  # "digits" registered itself
     base = name.split("/")[0].split(":")[0]
     if base not in known:
         close = difflib.get_close_matches(base, known) or ["digits", "imagenet2012", "cifar100"]
-        raise UserError(
+        return UserError(
             f"data.name {name!r} is not a tfds data set: did you mean {' or '.join(close)}?"
         )
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None)
+        _image_and_label(name, builder.info, label_key)
+    except UserError as error:
+        return error
+    except Exception as error:  # no such variant or version
+        return UserError(f"tfds data set {name!r} cannot be prepared: {_one_line(error)}")
     where = f", data_dir={data_dir!r}" if data_dir else ""
     manual, note = "", ""
-    if base in ("imagenet2012", "imagenet2012_real"):
+    if instructions := builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
         manual = ", download_config=tfds.download.DownloadConfig(manual_dir='MANUAL_DIR')"
-        note = (
-            ", where MANUAL_DIR holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar "
-            "from image-net.org"
-        )
-    raise UserError(
+        note = f", with your own folder for MANUAL_DIR; {' '.join(instructions.split())}"
+    return UserError(
         f"tfds data set {name!r} is not prepared in {data_dir or 'the default tfds directory'}; "
         'prepare it once with: python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder({name!r}{where}).download_and_prepare(file_format='array_record'{manual})\""
         + note
     )
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
 def _image_and_label(
@@ -219,6 +249,10 @@ class FolderSource(Source):
     names: np.ndarray
     labels: np.ndarray
 
+    @property
+    def name(self) -> str:
+        return self.root
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -258,10 +292,13 @@ def _open_folder(root: Path, train: bool) -> FolderSource:
             files = sorted(
                 os.fsencode(entry.name)
                 for entry in entries
-                if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
+                if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and entry.is_file()
             )
         if not files:
-            raise UserError(f"{folder / name} holds no images: add some or remove the folder")
+            raise UserError(
+                f"{folder / name} holds no images: put some into it (not into folders inside), or "
+                "remove it"
+            )
         names += files
         labels.append(np.full(len(files), label, np.int32))
         progress.update(label + 1)
@@ -283,6 +320,7 @@ class FakeSource(Source):
     encoded once, and then repeat. A label has nothing to do with its picture.
     """
 
+    name = "fake pictures"
     class_names = tuple(f"fake{label}" for label in range(FAKE_CLASSES))
 
     def __init__(self, size: int) -> None:
