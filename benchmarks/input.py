@@ -33,8 +33,8 @@ import numpy as np
 from PIL import Image
 
 from stvit_jax.augment import augment_batch
-from stvit_jax.data.decode import _decode, train_image
-from stvit_jax.data.loader import Batches, _TrainPart
+from stvit_jax.data.decode import decode_rgb, train_image
+from stvit_jax.data.loader import Batches, TrainPart
 from stvit_jax.data.order import Order
 from stvit_jax.data.sources import FAKE_SIZE, Source, open_source
 from stvit_jax.errors import UserError
@@ -89,7 +89,7 @@ def ours(source: Source) -> tuple[Pipeline, Pipeline]:
     """Our pipeline likewise; the second one reads `source`, which holds the same images."""
     rng = np.random.default_rng(0)
     order = Order(len(source), BATCH, repeats=3)
-    part = _TrainPart(source, np.arange(BATCH), IMAGE_SIZE, order, flip=True)
+    part = TrainPart(source, np.arange(BATCH), IMAGE_SIZE, order, flip=True)
     numbers = itertools.count()
 
     def equal_work(images: list[bytes]) -> None:
@@ -147,7 +147,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     pipelines |= dict(zip(("ours, equal work", "ours, whole host side"), ours(source), strict=True))
-    pipelines["ours, decoding"] = lambda images: [_decode(data) for data in images]
+    pipelines["ours, decoding"] = lambda images: [decode_rgb(data) for data in images]
     speeds = measure(pipelines, images, rounds)
     os.sched_setaffinity(0, cores)
 

@@ -63,7 +63,7 @@ def eval_image(data: bytes, image_size: int) -> np.ndarray:
     Raises:
         UnreadableImage: `data` is no image, is damaged, or is too large.
     """
-    pixels = _decode(data)
+    pixels = decode_rgb(data)
     if image_size <= SMALL_SIZE:
         return _resize_and_crop(pixels, (image_size, image_size), image_size)
     height, width = pixels.shape[:2]
@@ -97,7 +97,7 @@ def train_image(data: bytes, image_size: int, rng: np.random.Generator, flip: bo
     Raises:
         UnreadableImage: `data` is no image, is damaged, or is too large.
     """
-    pixels = _decode(data)
+    pixels = decode_rgb(data)
     square = (image_size, image_size)
     if image_size <= SMALL_SIZE:
         border = (SMALL_PADDING, SMALL_PADDING)
@@ -147,7 +147,7 @@ def sample_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int,
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def _decode(data: bytes) -> np.ndarray:
+def decode_rgb(data: bytes) -> np.ndarray:
     """Decode any of FORMATS to uint8 (H, W, 3), RGB, or raise UnreadableImage."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)

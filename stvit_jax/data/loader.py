@@ -68,7 +68,7 @@ def train_batches(
     Raises, when iterated:
       UserError: a damaged file, hundreds of unreadable images in a row, or a worker was killed.
     """
-    part = _TrainPart(source, np.arange(order.batch_size)[slots], image_size, order, flip)
+    part = TrainPart(source, np.arange(order.batch_size)[slots], image_size, order, flip)
     return Batches(part, start, ENDLESS, workers)
 
 
@@ -130,7 +130,7 @@ class _Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class _TrainPart(_Part):
+class TrainPart(_Part):
     order: Order
     flip: bool
 
