@@ -95,10 +95,11 @@ def _open_tensorboard(workdir: Path) -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # it greets with lines about itself
     try:
         from clu import metric_writers
+
+        return metric_writers.SummaryWriter(str(workdir))
     except ImportError as error:
         say(f"no TensorBoard files ({error}); metrics.jsonl has everything")
         return None
-    return metric_writers.SummaryWriter(str(workdir))
 
 
 def say(message: str) -> None:
