@@ -92,7 +92,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _open_tensorboard(workdir: Path) -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # it greets with lines about itself
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else TensorFlow greets with lines of it
     try:
         from clu import metric_writers
 
