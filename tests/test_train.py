@@ -22,6 +22,7 @@ from tests.mini_sets import picture
 from tests.program import NARROW, Program, digests, metrics, values
 
 STEPS = 30  # an epoch has 22
+WORKER = "--config.data.workers=1"  # as the config has it; most runs do without, to start sooner
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,7 @@ def start(digits_dir, tmp_path_factory):
             "--config.log_every=1",
             "--config.eval_every_epochs=1",
             "--config.checkpoint_every=1000",
+            "--config.data.workers=0",
         )
         return Program(
             workdir, *common, *flags, **({"JAX_COMPILATION_CACHE_DIR": str(cache)} | options)
@@ -50,7 +52,7 @@ def start(digits_dir, tmp_path_factory):
 def straight(start, tmp_path_factory) -> Path:
     """The workdir of a run that nobody stopped."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
-    program = start(workdir, tensorflow=True)
+    program = start(workdir, WORKER, tensorflow=True)
     assert program.wait() == 0, program.output
     assert program.output.splitlines()[-1].startswith(f"done: step {STEPS} of {STEPS}, raw top-1")
     assert program.output.splitlines()[-1].endswith(f"see {workdir}")
@@ -163,7 +165,7 @@ def test_stopped_at_random_steps_ends_with_the_same_bits(start, straight, tmp_pa
     stops = rng.randrange(2, 12), rng.randrange(17, STEPS - 2)
     print("stopping after steps", stops)
     for stop, number in zip(stops, (signal.SIGTERM, signal.SIGINT), strict=True):
-        program = start(tmp_path)
+        program = start(tmp_path, WORKER)
         program.read_until(rf"step {stop}/{STEPS} ")
         program.send(number)
         assert program.wait(30) == 75, program.output
@@ -179,7 +181,7 @@ def test_stopped_at_random_steps_ends_with_the_same_bits(start, straight, tmp_pa
 def test_killed_at_random_loses_at_most_one_interval(start, straight, tmp_path):
     rng = random.Random(time.time_ns())
     kill = rng.randrange(12, STEPS - 2)
-    program = start(tmp_path, "--config.checkpoint_every=5")
+    program = start(tmp_path, WORKER, "--config.checkpoint_every=5")
     program.read_until(rf"step {kill}/{STEPS} ")
     program.send(signal.SIGKILL)
     assert program.wait() == -9
@@ -221,7 +223,7 @@ def test_a_corrupt_record_is_named_and_costs_no_step(start, straight, digits_dir
     Path(file).write_bytes(damaged)
 
     where = f"--config.data.dir={tmp_path / 'data'}"
-    program = start(tmp_path / "run", where)
+    program = start(tmp_path / "run", WORKER, where)
     assert program.wait() == 1
     assert "Traceback" not in program.output
     (line,) = (line for line in program.output.splitlines() if line.startswith("error: "))
@@ -267,7 +269,7 @@ def test_unreadable_images_are_counted_until_there_are_too_many(start, tmp_path)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_the_first_step_ends_at_once(start, tmp_path, number):
-    program = start(tmp_path, JAX_COMPILATION_CACHE_DIR="")
+    program = start(tmp_path, WORKER, JAX_COMPILATION_CACHE_DIR="")
     program.read_until("stvit_tiny on 1 x cpu")  # from here it creates and compiles for a while
     sent = time.monotonic()
     program.send(number)
