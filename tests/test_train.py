@@ -171,7 +171,10 @@ def test_stopped_at_random_steps_ends_with_the_same_bits(start, straight, tmp_pa
         assert program.wait(30) == 75, program.output
         assert "the same command continues" in program.output
         step = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-        assert stop <= step <= stop + 3
+        # The program's own lines say how far it was: this process may be slow to send the signal.
+        before = program.output.split(f"{number.name}: saving after this step")[0]
+        reached = int(re.findall(rf"step (\d+)/{STEPS} ", before)[-1])
+        assert stop <= reached <= step <= reached + 3
     program = start(tmp_path)
     assert program.wait() == 0, program.output
     assert f"continuing after step {step}" in program.output
