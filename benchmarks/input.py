@@ -9,7 +9,7 @@ Both take the same generated JPEGs of 500x375 to 224 pixels, on one core each, a
 is the median over the rounds of images per second of CPU time, so that other programs on the
 machine hardly matter. Two comparisons:
 
-- equal work: decode, random resized crop, flip, to uint8 pixels;
+- equal work: decode, random resized crop, flip, to uint8 pixels (and how much of ours is decoding);
 - the whole host side: published, all of the transform, with RandAugment, normalisation and erasing,
   and the batch put together; ours, the loader as training uses it (the same three steps and the
   order, parts and batches around them), for the rest happens on the device.
