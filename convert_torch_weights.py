@@ -24,11 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stvit_jax import torch_weights, weights
+from stvit_jax import torch_weights
+from stvit_jax.checkpoints import weights
+from stvit_jax.console import say
 from stvit_jax.errors import UserError
-from stvit_jax.metrics import say
-from stvit_jax.model import list_models
-from stvit_jax.settings import SETTINGS, create
+from stvit_jax.models.settings import SETTINGS, create
+from stvit_jax.models.stvit import list_models
 
 _TOLERANCE = 1e-9  # of the largest logit, in float64
 

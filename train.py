@@ -6,7 +6,7 @@ The same command again continues from the workdir. Exit code 0: done; 75: stoppe
 or SIGINT, state saved, the same command continues; anything else: failed.
 """
 
-from stvit_jax import signals
+from stvit_jax.training import signals
 
 # Loader processes import this file, too: what is heavy is imported below, by the main process only.
 if __name__ == "__main__":

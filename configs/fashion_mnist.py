@@ -1,7 +1,7 @@
 """stvit_tiny on Fashion-MNIST (60,000 grey pictures of clothes) at 32 pixels, the whole recipe.
 
     apt-get install dataset-fashion-mnist
-    python -m stvit_jax.data.idx /usr/share/datasets/fashion-mnist runs/data/fashion_mnist
+    python -m stvit_jax.data.mnist /usr/share/datasets/fashion-mnist runs/data/fashion_mnist
     python train.py --config configs/fashion_mnist.py --workdir runs/fashion_mnist
 
 The recipe's augmentation is complete: repeated augmentation, RandAugment, random erasing, mixup and

@@ -1,17 +1,38 @@
 """STViT, the Vision Transformer with Super Token Sampling (CVPR 2023, arXiv 2211.11167), in JAX.
 
-Names are imported on first use, so that `stvit_jax.signals` can be in place before anything heavy
-is loaded, and data-loading workers never import JAX.
+Names are imported on first use, so that `stvit_jax.training.signals` can be in place before
+anything heavy is loaded, and data-loading workers never import JAX.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_EXPORTS = {"create_model": "model", "list_models": "model", "load_weights": "weights"}
-_MODULES = ("augment", "data", "schedules", "torch_weights")
-__all__ = [*_EXPORTS, *_MODULES]
+_EXPORTS = {
+    "UserError": "errors",
+    "create_model": "models.stvit",
+    "list_models": "models.stvit",
+    "load_weights": "checkpoints.weights",
+}
+_MODULES = ("augment", "data", "ops", "schedules", "torch_weights")
+__all__ = [
+    "UserError",
+    "augment",
+    "create_model",
+    "data",
+    "list_models",
+    "load_weights",
+    "ops",
+    "schedules",
+    "torch_weights",
+]
+
+if TYPE_CHECKING:  # what editors and type checkers see
+    from stvit_jax import augment, data, ops, schedules, torch_weights
+    from stvit_jax.checkpoints.weights import load_weights
+    from stvit_jax.errors import UserError
+    from stvit_jax.models.stvit import create_model, list_models
 
 
 def __getattr__(name: str) -> Any:
@@ -20,3 +41,7 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"stvit_jax.{name}")
     raise AttributeError(f"module 'stvit_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

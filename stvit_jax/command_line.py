@@ -1,6 +1,5 @@
 """The flags of `train.py`; a mistake in them is one line that names the field and the remedy."""
 
-import difflib
 import os
 import re
 import sys
@@ -12,7 +11,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from stvit_jax import config as configs
-from stvit_jax.errors import UserError
+from stvit_jax.errors import UserError, did_you_mean
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:ARG]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of checkpoints and metrics")
@@ -97,8 +96,7 @@ def _unknown_field(field: str) -> str | None:
     known = _fields(configs.base())
     if field in known:
         return None
-    close = difflib.get_close_matches(field, known, 1, 0.4)
-    hint = f"did you mean config.{close[0]}? " if close else ""
+    hint = did_you_mean(f"config.{field}", [f"config.{name}" for name in known])
     return f"there is no field config.{field}; {hint}stvit_jax/config.py lists all fields"
 
 

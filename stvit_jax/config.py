@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from stvit_jax.errors import UserError
-from stvit_jax.model import create_model
+from stvit_jax.models.stvit import create_model
 
 # What may differ between a run and its continuation; everything else makes another recipe.
 _MAY_DIFFER = (

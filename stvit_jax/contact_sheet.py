@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from PIL import Image, ImageDraw, ImageFont
 
-from stvit_jax import command_line, training
+from stvit_jax import command_line
 from stvit_jax import config as configs
 from stvit_jax.augment import augment_batch
 from stvit_jax.data.loader import train_batches
@@ -25,6 +25,7 @@ from stvit_jax.data.normalization import MEAN, STD
 from stvit_jax.data.order import Order
 from stvit_jax.data.sources import open_source
 from stvit_jax.errors import UserError
+from stvit_jax.training import step as training
 
 GROUPS, GROUP_SIZE = 3, 6
 TILE = 160  # pixels of a picture's side on the sheet

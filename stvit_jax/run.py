@@ -14,25 +14,23 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from stvit_jax import config as configs
-from stvit_jax import (
-    loop,
-    optimizer,
-    parallel,
-    robustness,
-    schedules,
-    training,
-    weights,
-)
+from stvit_jax import parallel, schedules
 from stvit_jax.augment import augment_batch
-from stvit_jax.checkpoints import Checkpoints
+from stvit_jax.checkpoints import weights
+from stvit_jax.checkpoints.manager import Checkpoints
+from stvit_jax.console import say
 from stvit_jax.data.loader import DevicePrefetch, device_prefetch, eval_batches, train_batches
 from stvit_jax.data.order import Order
 from stvit_jax.data.sources import Source, open_source
 from stvit_jax.errors import UserError
-from stvit_jax.evaluation import describe, evaluate, read_variables
-from stvit_jax.metrics import MetricWriter, make_workdir, say
-from stvit_jax.model import STViT, create_model
-from stvit_jax.signals import STOPPED, Stop
+from stvit_jax.models.stvit import STViT, create_model
+from stvit_jax.tasks import robustness
+from stvit_jax.training import loop, optimizer
+from stvit_jax.training import step as training
+from stvit_jax.training.evaluation import describe, evaluate, read_variables
+from stvit_jax.training.metrics import MetricWriter
+from stvit_jax.training.signals import STOPPED, Stop
+from stvit_jax.training.workdir import make_workdir
 
 
 def run(config: ConfigDict, workdir: Path, stop: Stop) -> int:

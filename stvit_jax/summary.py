@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from stvit_jax.errors import UserError
-from stvit_jax.model import STViT, create_model, list_models
+from stvit_jax.models.stvit import STViT, create_model, list_models
 
 Row = tuple[str, int, int]  # module, parameters, MACs
 

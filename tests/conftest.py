@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 from stvit_jax.data import digits
-from tests.data.golden_weights import weight
+from tests.golden.golden_weights import weight
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "golden"
 
 
 @pytest.fixture
@@ -76,5 +76,5 @@ def random_variables() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """tests/data."""
+    """tests/golden."""
     return DATA

@@ -1,7 +1,6 @@
 """The PyTorch peer against numbers of the published code, and what the benchmarks rely on."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.torch_stvit import DropPath, STViT, adamw_groups, create_model
+from tests.golden.golden_weights import images, weight
 
-DATA = Path(__file__).parent / "data"
-sys.path.insert(0, str(DATA))
-
-from golden_weights import images, weight  # noqa: E402
+DATA = Path(__file__).parent / "golden"
 
 VARIANTS = ("stvit_small", "stvit_base", "stvit_large")
 TINY = ("tiny", "tiny_iter")

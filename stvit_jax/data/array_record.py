@@ -1,0 +1,77 @@
+"""python -m stvit_jax.data.array_record DIR: adds ArrayRecord files to a set prepared as TFRecord.
+
+DIR is the set's version directory, such as .../imagenet2012/5.1.0. Records are copied as they are,
+the TFRecord files stay, and the metadata names the new format beside the old. It needs TensorFlow,
+to read the old files with their checksums. tfds's own converter does the same but does not start
+without apache-beam, which downgrades other packages.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from stvit_jax.console import Progress
+from stvit_jax.errors import UserError
+
+
+def convert(version_dir: str) -> None:
+    """Converts the set in `version_dir`; finished files of an interrupted conversion are kept.
+
+    Raises:
+      UserError: not a prepared tfds set, not one in TFRecord, damaged, or TensorFlow is missing.
+    """
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise UserError(f"{error}; to convert, run: pip install tensorflow-cpu") from None
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import file_adapters
+    from tensorflow_datasets.core.dataset_info import write_dataset_info_proto
+
+    if not (Path(version_dir) / "dataset_info.json").is_file():
+        raise UserError(f"{version_dir} is not the version directory of a prepared tfds data set")
+    info = tfds.builder_from_directory(version_dir).info
+    old, new = file_adapters.FileFormat.TFRECORD, file_adapters.FileFormat.ARRAY_RECORD
+    if new in info.available_file_formats():
+        print(f"{version_dir} has ArrayRecord files already")
+        return
+    if info.file_format != old:
+        raise UserError(f"{version_dir} is in format {info.file_format}, not TFRecord")
+
+    todo = []  # (old file, new file, records)
+    for split in info.splits.values():
+        template = split.filename_template.replace(filetype_suffix=new.file_suffix)
+        for shard, source in enumerate(split.filepaths):
+            target = template.sharded_filepath(shard_index=shard, num_shards=split.num_shards)
+            if not target.exists():
+                todo.append((source, target, split.shard_lengths[shard]))
+    print(f"converting {len(todo)} files of {version_dir}", flush=True)
+    progress = Progress("converted files", len(todo))
+    for done, (source, target, length) in enumerate(todo, start=1):
+        records = file_adapters.TfRecordFileAdapter.make_tf_data(os.fspath(source))
+        partial = target.parent / f"{target.name}.partial"
+        try:
+            file_adapters.ArrayRecordFileAdapter.write_examples(
+                partial, enumerate(records.as_numpy_iterator())
+            )
+        except tf.errors.OpError as error:
+            raise UserError(
+                f"{source} is damaged, prepare the set again: {error.message}"
+            ) from None
+        count = file_adapters.ArrayRecordFileAdapter.num_examples(partial)
+        if count != length:
+            raise UserError(f"{source} holds {count} of {length} records: prepare the set again")
+        partial.rename(target)  # only whole files get their names
+        progress.update(done)
+    info.add_alternative_file_format(new.value)
+    write_dataset_info_proto(info.as_proto, dataset_info_dir=info.data_dir)
+    print(f"{version_dir} has ArrayRecord files now, which train.py reads")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    try:
+        convert(sys.argv[1])
+    except UserError as error:
+        sys.exit(f"error: {error}")

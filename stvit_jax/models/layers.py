@@ -1,0 +1,152 @@
+"""The leaf layers of STViT: initialisers, BatchNorm per group of images, and `Layers`.
+
+`Layers` is injected once, at the root of the network, and makes every layer of it.
+
+Shapes: B images, H x W pixels, C channels, G groups of b images.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from stvit_jax.errors import UserError
+from stvit_jax.ops.depthwise import residual_depthwise3x3
+from stvit_jax.ops.precision import wide
+
+Dtype = Any
+
+
+def uniform_fan_in(fan_in: int) -> Callable:
+    """Initialiser of convolutions, biases included: uniform in +-1/sqrt(fan_in)."""
+    bound = fan_in**-0.5
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def truncated_normal(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
+    """Initialiser of Linear layers: standard deviation 0.02, cut at +-2 absolute."""
+    return 0.02 * jax.random.truncated_normal(key, -100.0, 100.0, shape, dtype)
+
+
+class BatchNorm(nn.Module):
+    """BatchNorm as PyTorch computes it, with statistics per group of images.
+
+    Flax's own takes the biased variance into the running statistics and knows no groups. A group
+    is `group_size` consecutive images (0: the whole batch); groups that lie within one device need
+    no communication to normalise. eps 1e-5, momentum 0.9.
+    """
+
+    group_size: int
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:  # (B, H, W, C)
+        c = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (c,), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (c,), self.param_dtype)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (c,), self.param_dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, (c,), self.param_dtype)
+        # PyTorch's num_batches_tracked; nothing reads it, conversion keeps it.
+        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+
+        # Deviations from the running mean: they keep the one-pass variance free of cancellation.
+        x = x.astype(wide(x.dtype)) - mean.value
+        if not train:
+            return (x * (jax.lax.rsqrt(var.value + 1e-5) * scale) + bias).astype(self.dtype)
+
+        groups = x.reshape(-1, self.group_size or x.shape[0], *x.shape[1:])  # (G, b, H, W, C)
+        n = math.prod(groups.shape[1:4])
+        if n == 1:
+            raise UserError(
+                "BatchNorm in training needs more than one value a channel: "
+                "use a larger group_size, batch_size or image_size"
+            )
+        group_mean = jnp.mean(groups, axis=(1, 2, 3))  # (G, C), relative to the running mean
+        group_var = jnp.mean(jnp.square(groups), axis=(1, 2, 3)) - jnp.square(group_mean)
+        group_var = jnp.maximum(group_var, 0)
+        if not self.is_initializing():
+            unbiased = jnp.mean(group_var, axis=0) * (n / (n - 1))
+            mean.value = mean.value + 0.1 * jnp.mean(group_mean, axis=0).astype(mean.value.dtype)
+            var.value = 0.9 * var.value + 0.1 * unbiased.astype(var.value.dtype)
+            count.value = count.value + 1
+        group_mean, group_var = (s[:, None, None, None] for s in (group_mean, group_var))
+        y = (groups - group_mean) * (jax.lax.rsqrt(group_var + 1e-5) * scale) + bias
+        return y.reshape(x.shape).astype(self.dtype)
+
+
+class ResidualDepthwise(nn.Module):
+    """x + depthwise 3x3 convolution of x, biased."""
+
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # (B, H, W, C)
+        c = x.shape[-1]
+        kernel = self.param("kernel", uniform_fan_in(9), (3, 3, 1, c), self.param_dtype)
+        bias = self.param("bias", uniform_fan_in(9), (c,), self.param_dtype)
+        return residual_depthwise3x3(x, kernel, bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """Makes every layer of one network: dtypes, initialisers and norms are stated here only."""
+
+    dtype: Dtype
+    group_size: int
+
+    @property
+    def param_dtype(self) -> Dtype:
+        return wide(self.dtype)
+
+    def conv3x3(self, c_in: int, c_out: int, stride: int, name: str) -> nn.Conv:
+        init = uniform_fan_in(9 * c_in)
+        return nn.Conv(
+            c_out,
+            (3, 3),
+            stride,
+            padding=((1, 1), (1, 1)),  # "SAME" pads (0, 1) at stride 2
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=init,
+            bias_init=init,
+            name=name,
+        )
+
+    def conv1x1(self, c_in: int, c_out: int, name: str | None, use_bias: bool = True) -> nn.Dense:
+        init = uniform_fan_in(c_in)
+        return nn.Dense(
+            c_out,
+            use_bias,
+            self.dtype,
+            self.param_dtype,
+            kernel_init=init,
+            bias_init=init,
+            name=name,
+        )
+
+    def linear(self, c_out: int, name: str | None) -> nn.Dense:
+        return nn.Dense(
+            c_out,
+            dtype=wide(self.dtype),
+            param_dtype=self.param_dtype,
+            kernel_init=truncated_normal,
+            name=name,
+        )
+
+    def depthwise(self, name: str) -> ResidualDepthwise:
+        return ResidualDepthwise(self.param_dtype, name=name)
+
+    def layer_norm(self, name: str) -> nn.LayerNorm:
+        return nn.LayerNorm(1e-6, self.dtype, self.param_dtype, use_fast_variance=False, name=name)
+
+    def batch_norm(self, name: str | None) -> BatchNorm:
+        return BatchNorm(self.group_size, self.dtype, self.param_dtype, name=name)

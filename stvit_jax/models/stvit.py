@@ -1,0 +1,339 @@
+"""STViT in Flax Linen, leaf to root, and the table of its variants.
+
+Vision Transformer with Super Token Sampling, CVPR 2023, arXiv 2211.11167 (there: SViT-S/B/L). The
+mathematics of sampling is in `super_tokens.py`, the leaf layers are in `layers.py`.
+Modules are named after the published checkpoint, so that `torch_weights.py` stays a table.
+
+Departures from the published code, none of which changes a number at equal input:
+- BatchNorm can take its statistics per group of `group_size` images, which puts a group in the
+  place of a device of the published multi-GPU training; running statistics then take the mean
+  over all groups (published: device 0's only).
+- Under bfloat16, parameters, statistics, softmax and logits are float32.
+
+Shapes: B images, H x W pixels of the map at hand, C channels, N = H*W, h heads, d = C // h.
+Every 3x3 convolution pads one zero on all four sides.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from stvit_jax.errors import UserError, did_you_mean, listing, one_line
+from stvit_jax.models.layers import Dtype, Layers
+from stvit_jax.ops import super_tokens
+from stvit_jax.ops.precision import wide
+
+Rate = float | jax.Array
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "stvit_small": dict(embed_dim=(64, 128, 320, 512), depths=(3, 5, 9, 3), num_heads=(1, 2, 5, 8)),
+    "stvit_base": dict(
+        embed_dim=(96, 192, 384, 512),
+        depths=(4, 6, 14, 6),
+        num_heads=(2, 3, 6, 8),
+        layerscale=(False, False, True, True),
+    ),
+    "stvit_large": dict(
+        embed_dim=(96, 192, 448, 640),
+        depths=(4, 7, 19, 8),
+        num_heads=(2, 3, 7, 10),
+        layerscale=(False, False, True, True),
+    ),
+    # This project's own, for demos and tests at 32x32: grids of 2x2 cells in stages 1 and 2.
+    "stvit_tiny": dict(
+        embed_dim=(32, 64, 128, 160),
+        depths=(1, 2, 2, 1),
+        num_heads=(1, 2, 4, 5),
+        stoken_size=(4, 2, 1, 1),
+        projection=256,
+        num_classes=10,
+    ),
+}
+
+
+gelu = partial(jax.nn.gelu, approximate=False)
+
+
+class PatchEmbed(nn.Module):
+    """The stem: four times conv, GELU, BatchNorm (in this order); stride 4."""
+
+    make: Layers
+    in_chans: int
+    dim: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        c = self.in_chans
+        for i, (width, stride) in enumerate(
+            ((self.dim // 2, 2), (self.dim // 2, 1), (self.dim, 2), (self.dim, 1))
+        ):
+            x = gelu(self.make.conv3x3(c, width, stride, name=f"proj_{3 * i}")(x))
+            x = self.make.batch_norm(name=f"proj_{3 * i + 2}")(x, train=train)
+            c = width
+        return x
+
+
+class Downsample(nn.Module):
+    """Between stages: 3x3 stride-2 convolution and BatchNorm, no activation."""
+
+    make: Layers
+    dim: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        x = self.make.conv3x3(x.shape[-1], self.dim, 2, name="proj_0")(x)
+        return self.make.batch_norm(name="proj_1")(x, train=train)
+
+
+class SuperTokenAttention(nn.Module):
+    """Self-attention on super tokens, or on all pixels where the cell size is 1.
+
+    Sows `association` (B, hh, ww, s*s, 9), where it samples, and `attention` (B, h, N, N).
+    """
+
+    make: Layers
+    num_heads: int
+    n_iter: int
+    stoken_size: int
+    qkv_bias: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # (B, H, W, C)
+        if self.stoken_size == 1:
+            return self.attend(x)
+        _, height, width, _ = x.shape
+        tokens, association = super_tokens.sample(x, self.stoken_size, self.n_iter)
+        self.sow("intermediates", "association", association)
+        return super_tokens.spread(self.attend(tokens), association, height, width)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        b, height, width, c = x.shape
+        h, d = self.num_heads, c // self.num_heads
+        qkv = self.make.conv1x1(c, 3 * c, "qkv", self.qkv_bias)(x)
+        # Channels are laid out per head: [q, k, v] of head 0, then of head 1, ...
+        q, k, v = jnp.moveaxis(qkv.reshape(b, height * width, h, 3, d), 3, 0)  # (B, N, h, d)
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide(x.dtype))
+        attention = jax.nn.softmax(logits * d**-0.5, axis=-1)
+        self.sow("intermediates", "attention", attention)
+        y = jnp.einsum("bhqk,bkhd->bqhd", attention.astype(x.dtype), v)
+        return self.make.conv1x1(c, c, "proj")(y.reshape(b, height, width, c))
+
+
+class ConvFFN(nn.Module):
+    """1x1 to `hidden`, GELU, h + depthwise(h), 1x1 back."""
+
+    make: Layers
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = x.shape[-1]
+        x = gelu(self.make.conv1x1(c, self.hidden, "fc1")(x))
+        x = self.make.depthwise("conv")(x)
+        return self.make.conv1x1(self.hidden, c, "fc2")(x)
+
+
+class Block(nn.Module):
+    """Positional convolution, super token attention, conv-FFN, each with its residual."""
+
+    make: Layers
+    num_heads: int
+    n_iter: int
+    stoken_size: int
+    mlp_ratio: float
+    qkv_bias: bool
+    layerscale: bool
+    init_values: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, drop_path_rate: Rate, *, train: bool) -> jax.Array:
+        c = x.shape[-1]
+        x = self.make.depthwise("pos_embed")(x)
+        y = SuperTokenAttention(
+            self.make, self.num_heads, self.n_iter, self.stoken_size, self.qkv_bias, name="attn"
+        )(self.make.layer_norm("norm1")(x))
+        x = x + self.drop_path(self.scale(y, "gamma_1"), drop_path_rate, train)
+        y = self.make.batch_norm("norm2")(x, train=train)
+        y = ConvFFN(self.make, int(c * self.mlp_ratio), name="mlp2")(y)
+        return x + self.drop_path(self.scale(y, "gamma_2"), drop_path_rate, train)
+
+    def scale(self, y: jax.Array, name: str) -> jax.Array:
+        if not self.layerscale:
+            return y
+        init = nn.initializers.constant(self.init_values)
+        gamma = self.param(name, init, y.shape[-1:], self.make.param_dtype)
+        return y * gamma.astype(y.dtype)
+
+    def drop_path(self, y: jax.Array, rate: Rate, train: bool) -> jax.Array:
+        """Drops the branch of a sample with probability `rate`; a new mask at every call."""
+        if not train or (isinstance(rate, (int, float)) and rate == 0):
+            return y
+        keep = 1 - jnp.asarray(rate, wide(y.dtype))
+        mask = jax.random.bernoulli(self.make_rng("dropout"), keep, (y.shape[0], 1, 1, 1))
+        return y * (mask / keep).astype(y.dtype)
+
+
+class Stage(nn.Module):
+    """The blocks of one width, and the way to the next stage.
+
+    Returns the map before downsampling, (B, H, W, C), and the next stage's input (None: no next).
+    """
+
+    make: Layers
+    depth: int
+    first_block: int  # position among the network's `num_blocks`; sets drop-path rates
+    num_blocks: int
+    next_dim: int | None
+    block: Mapping[str, Any]  # keyword arguments of Block
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, drop_path_rate: Rate, *, train: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        for i in range(self.depth):
+            position = (self.first_block + i) / max(self.num_blocks - 1, 1)
+            rate = drop_path_rate * position if position else 0.0
+            x = Block(self.make, **self.block, name=f"blocks_{i}")(x, rate, train=train)
+        if self.next_dim is None:
+            return x, None
+        return x, Downsample(self.make, self.next_dim, name="downsample")(x, train=train)
+
+
+class STViT(nn.Module):
+    """The network. Fields carry the published names; `create_model` fills them from `VARIANTS`.
+
+    `dtype` is the compute dtype; parameters are float32, or float64 with it. `group_size` is the
+    number of images that share BatchNorm statistics in training (0: the whole batch).
+    """
+
+    embed_dim: Sequence[int]
+    depths: Sequence[int]
+    num_heads: Sequence[int]
+    n_iter: Sequence[int] = (1, 1, 1, 1)
+    stoken_size: Sequence[int] = (8, 4, 1, 1)
+    mlp_ratio: float = 4
+    qkv_bias: bool = True
+    projection: int = 1024
+    layerscale: Sequence[bool] = (False, False, False, False)
+    init_values: float = 1e-6
+    drop_path_rate: float = 0.0
+    num_classes: int = 1000
+    in_chans: int = 3
+    dtype: Dtype = jnp.float32
+    group_size: int = 0
+
+    def setup(self) -> None:
+        make = Layers(self.dtype, self.group_size)
+        self.patch_embed = PatchEmbed(make, self.in_chans, self.embed_dim[0])
+        self.layers = [
+            Stage(
+                make,
+                depth=self.depths[i],
+                first_block=sum(self.depths[:i]),
+                num_blocks=sum(self.depths),
+                next_dim=self.embed_dim[i + 1] if i + 1 < len(self.depths) else None,
+                block=dict(
+                    num_heads=self.num_heads[i],
+                    n_iter=self.n_iter[i],
+                    stoken_size=self.stoken_size[i],
+                    mlp_ratio=self.mlp_ratio,
+                    qkv_bias=self.qkv_bias,
+                    layerscale=self.layerscale[i],
+                    init_values=self.init_values,
+                ),
+            )
+            for i in range(len(self.depths))
+        ]
+        self.proj = make.conv1x1(self.embed_dim[-1], self.projection, None)
+        self.norm = make.batch_norm(None)
+        self.head = make.linear(self.num_classes, None)
+
+    def feature_maps(
+        self, images: jax.Array, *, train: bool = False, drop_path_rate: Rate | None = None
+    ) -> list[jax.Array]:
+        """The feature pyramid for dense tasks.
+
+        Args:
+          images: normalised, (B, H, W, in_chans).
+          train: batch statistics and drop path (rng "dropout"); needs mutable "batch_stats".
+          drop_path_rate: replaces the field; may be traced, so that a schedule needs no recompile.
+
+        Returns:
+          The four maps at the end of each stage, before downsampling: strides 4, 8, 16, 32.
+        """
+        rate = self.drop_path_rate if drop_path_rate is None else drop_path_rate
+        x = self.patch_embed(images.astype(self.dtype), train=train)
+        maps = []
+        for stage in self.layers:
+            features, x = stage(x, rate, train=train)
+            maps.append(features)
+        return maps
+
+    def features(
+        self, images: jax.Array, *, train: bool = False, drop_path_rate: Rate | None = None
+    ) -> jax.Array:
+        """The pooled vector that enters the classifier, (B, projection), at least float32."""
+        x = self.feature_maps(images, train=train, drop_path_rate=drop_path_rate)[-1]
+        x = jax.nn.silu(self.norm(self.proj(x), train=train))
+        return jnp.mean(x, axis=(1, 2), dtype=wide(self.dtype))
+
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, drop_path_rate: Rate | None = None
+    ) -> jax.Array:
+        """Class logits, (B, num_classes), at least float32; arguments as in `feature_maps`."""
+        return self.head(self.features(images, train=train, drop_path_rate=drop_path_rate))
+
+
+def list_models() -> list[str]:
+    """The names that `create_model` takes."""
+    return sorted(VARIANTS)
+
+
+def create_model(name: str, **overrides: Any) -> STViT:
+    """The network of a variant.
+
+    Args:
+      name: one of `list_models()`.
+      **overrides: fields of `STViT`, by the published names.
+
+    Raises:
+      UserError: unknown name or field, or fields that do not fit together.
+    """
+    if name not in VARIANTS:
+        hint = did_you_mean(repr(name), map(repr, VARIANTS))
+        raise UserError(f"unknown model {one_line(name)!r}; {hint}known: {listing(list_models())}")
+    fields = {f.name for f in dataclasses.fields(STViT)} - {"parent", "name"}
+    for field in overrides:
+        if field not in fields:
+            hint = did_you_mean(repr(field), map(repr, fields))
+            known = listing(sorted(fields), 20)
+            raise UserError(f"unknown model setting {field!r}; {hint}known: {known}")
+    settings = VARIANTS[name] | overrides
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    model = STViT(**settings)
+    _check(model)
+    return model
+
+
+def _check(model: STViT) -> None:
+    stages = len(model.embed_dim)
+    for field in ("depths", "num_heads", "n_iter", "stoken_size", "layerscale"):
+        values = getattr(model, field)
+        if len(values) != stages:
+            raise UserError(f"model.{field} has {len(values)} stages, embed_dim has {stages}")
+        if field != "layerscale" and min(values) < 1:
+            raise UserError(f"model.{field} is {values}; every stage needs at least 1")
+    for dim, heads in zip(model.embed_dim, model.num_heads, strict=True):
+        if dim % heads:
+            raise UserError(f"model.embed_dim {dim} is not divisible by its num_heads {heads}")
+    if model.embed_dim[0] % 2:
+        raise UserError(f"model.embed_dim starts with {model.embed_dim[0]}; the stem needs it even")
+    if not 0 <= model.drop_path_rate < 1:
+        raise UserError(f"model.drop_path_rate is {model.drop_path_rate}; it must be in [0, 1)")
+    if model.num_classes < 1:
+        raise UserError(f"model.num_classes is {model.num_classes}; it must be at least 1")

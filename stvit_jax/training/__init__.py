@@ -1,0 +1,1 @@
+"""The run of any task: step, loop, evaluation."""

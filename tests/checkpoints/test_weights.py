@@ -1,0 +1,341 @@
+"""Every form of file, in and out; recognition; what a network takes from a file."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+
+from stvit_jax import config, torch_weights
+from stvit_jax.checkpoints import weights
+from stvit_jax.checkpoints.manager import Checkpoints
+from stvit_jax.checkpoints.weights import Weights, load_weights
+from stvit_jax.errors import UserError
+from stvit_jax.models.settings import SETTINGS, complete, create
+from stvit_jax.models.stvit import create_model
+from stvit_jax.training import step as training
+
+FORMS = {"pth": "w.pth", "safetensors": "w.safetensors", "directory": "w"}
+
+
+def tree_of(state_dict: dict[str, np.ndarray], dtype=np.float32) -> dict:
+    """Variables with the golden values, floats in `dtype`."""
+    return torch_weights.from_torch(
+        {k: x.astype(dtype) if x.ndim else x for k, x in state_dict.items()}
+    )
+
+
+def assert_bits_equal(ours, theirs) -> None:
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+
+
+@pytest.fixture
+def overrides(data_dir) -> dict:
+    return json.loads((data_dir / "tiny_config.json").read_text())
+
+
+@pytest.fixture
+def tiny(overrides, golden_state) -> Weights:
+    settings = {k: overrides.get(k, 3) for k in SETTINGS}
+    return Weights(
+        tree_of(golden_state("tiny")), {"name": "stvit_small", **settings}, Path("made"), {}
+    )
+
+
+@pytest.fixture
+def workdir(tmp_path, tiny, overrides) -> Callable[[int], Path]:
+    """Saves a run's checkpoint at a step; parameters are the tiny ones plus the step."""
+    path = tmp_path / "run"
+    path.mkdir()
+    run = config.base()
+    run.model.update({k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()})
+    run.model.num_classes = None  # from the data, as in configs/
+    config.write(run, path / "config.json")
+
+    def save(step: int, ema: bool = True) -> Path:
+        def shifted(by: float):
+            return jax.tree.map(
+                lambda x: jnp.asarray(x + by if x.ndim else x, np.float32 if x.ndim else np.int32),
+                tiny.variables,
+            )
+
+        variables = shifted(step)
+        state = training.TrainState(
+            step=jnp.int32(step),
+            opt_state=optax.adamw(0.1).init(variables["params"]),
+            ema=shifted(step + 0.5) if ema else {},
+            **variables,
+        )
+        checkpoints = Checkpoints(path / "checkpoints", keep=3)
+        checkpoints.save(step, state)
+        checkpoints.close()
+        return path
+
+    return save
+
+
+@pytest.mark.parametrize("first, second", list(itertools.product(FORMS.values(), repeat=2)))
+def test_every_form_into_every_other_keeps_every_bit(first, second, tiny, tmp_path):
+    weights.write(tmp_path / "a" / first, tiny)
+    weights.write(tmp_path / "b" / second, weights.read(tmp_path / "a" / first))
+    last = weights.read(tmp_path / "b" / second)
+    assert_bits_equal(last.variables, tiny.variables)
+    assert last.settings == tiny.settings
+    assert last.variables["batch_stats"]["norm"]["count"].dtype == np.int64
+    assert not list(tmp_path.glob("?/*.tmp*"))
+
+
+@pytest.mark.parametrize("form", FORMS.values())
+def test_float64_is_kept(form, tiny, golden_state, tmp_path):
+    exact = dataclasses.replace(tiny, variables=tree_of(golden_state("tiny"), np.float64))
+    weights.write(tmp_path / form, exact)
+    assert_bits_equal(weights.read(tmp_path / form).variables, exact.variables)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_is_widened_exactly(dtype, golden_state, tmp_path):
+    half = tree_of(golden_state("tiny"), dtype)
+    safetensors.numpy.save_file(torch_weights.to_torch(half), tmp_path / "w.safetensors")
+    wide = jax.tree.map(lambda x: x.astype(np.float32) if x.ndim else x, half)
+    assert_bits_equal(weights.read(tmp_path / "w.safetensors").variables, wide)
+
+
+def test_other_dtypes_are_refused(golden_state, tmp_path):
+    state = {k: x.astype(np.float32) if x.ndim else x for k, x in golden_state("tiny").items()}
+    state["head.bias"] = state["head.bias"].astype(np.int8)
+    safetensors.numpy.save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="params/head/bias is of int8"):
+        weights.read(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stvit_tiny",
+        "stvit_small",
+        pytest.param("stvit_base", marks=pytest.mark.slow),
+        pytest.param("stvit_large", marks=pytest.mark.slow),
+    ],
+)
+def test_variants_and_class_counts_are_recognised(name):
+    model = create_model(name, num_classes=37)
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    settings = complete(variables, None)
+    assert (settings["name"], settings["num_classes"]) == (name, 37)
+    assert create(settings) == model
+    assert json.loads(json.dumps(settings)) == settings
+
+
+def test_an_unknown_network_has_to_be_stated(tiny, overrides):
+    nameless = dataclasses.replace(tiny, settings=None)
+    with pytest.raises(UserError) as caught:
+        weights.identify(nameless)
+    assert "no variant has these shapes" in str(caught.value)
+    assert "--embed_dim=16,32,48,64 --depths=1,2,2,1" in str(caught.value)
+    assert "--num_heads" in str(caught.value)
+    del overrides["init_values"], overrides["drop_path_rate"], overrides["num_classes"]
+    found = weights.identify(nameless, "stvit_small", **overrides)
+    assert found.settings == tiny.settings
+
+
+def test_wrong_statements_list_the_differences(tiny, overrides):
+    with pytest.raises(UserError, match=r"depths is \(1, 2, 2, 1\) there and \(3, 5, 9, 3\) in"):
+        weights.identify(tiny, "stvit_small", embed_dim=(16, 32, 48, 64), num_heads=(1, 2, 3, 4))
+    wrong = overrides | {"layerscale": (False, True, True, False), "projection": 32}
+    with pytest.raises(UserError) as caught:
+        weights.identify(tiny, "stvit_small", **wrong)
+    text = str(caught.value)
+    assert "missing: params/layers_1/blocks_0/gamma_1, params/layers_1/blocks_0/gamma_2" in text
+    assert "unexpected: params/layers_3/blocks_0/gamma_1" in text
+    assert "params/head/kernel has shape (64, 10) there and (32, 10) here" in text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"depths": 5},
+        {"num_heads": [1]},
+        {"mlp_ratio": float("inf")},
+        {"mlp_ratio": 0},
+        {"name": "resnet"},
+        {"name": None},
+        {"depths": [10**12, 2, 2, 1]},
+        {"projection": 10**15},
+        {"colour": 1},
+    ],
+)
+def test_absurd_settings_of_a_file_are_one_line(damage, tiny):
+    with pytest.raises(UserError, match="made: "):
+        weights.identify(dataclasses.replace(tiny, settings=tiny.settings | damage))
+
+
+def test_workdir_of_a_run(workdir, tiny, caplog):
+    workdir(3)
+    path = workdir(5)
+    for ema, by in ((False, np.float32(5)), (True, np.float32(5.5))):
+        found = weights.read(path, ema)
+        assert found.source == path / "checkpoints/5"
+        assert complete(found.variables, found.settings) == tiny.settings
+        expected = jax.tree.map(lambda x, by=by: x + by if x.ndim else x, tiny.variables)
+        assert_bits_equal(found.variables, expected)
+
+    # A damaged one is passed over and left alone: values that are not the saved ones, ...
+    meta = path / "checkpoints/5/meta/metadata"
+    sound = meta.read_text()
+    digests = json.loads(sound)["digests"]
+    meta.write_text(sound.replace(digests["params/head/bias"], "0123456789abcdef"))
+    assert weights.read(path).source.name == "3"
+    assert "checkpoints/5 is damaged: its digests are not those it was saved with" in caplog.text
+    assert weights.read(path, ema=True).source.name == "5"
+    meta.write_text(sound)
+
+    # ... files that cannot be decoded.
+    caplog.clear()
+    for file in (path / "checkpoints/5/state/d").iterdir():
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    before = sorted(path.rglob("*"))
+    assert weights.read(path).source.name == "3"
+    assert "checkpoints/5 is damaged" in caplog.text
+    assert sorted(path.rglob("*")) == before
+
+
+def test_workdir_without_what_is_asked_for(workdir, tmp_path):
+    path = workdir(3, ema=False)
+    with pytest.raises(UserError, match="holds no moving average"):
+        weights.read(path, ema=True)
+    (path / "checkpoints/3").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="no sound checkpoint"):
+        weights.read(path)
+    (path / "config.json").unlink()
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        weights.read(path)
+
+
+@pytest.mark.parametrize("form", FORMS.values())
+def test_a_file_with_one_set_has_no_moving_average(form, tiny, tmp_path):
+    weights.write(tmp_path / form, tiny)
+    with pytest.raises(UserError, match="holds no moving average; leave ema out"):
+        weights.read(tmp_path / form, ema=True)
+
+
+def test_damaged_directory_is_noticed(tiny, tmp_path):
+    path = tmp_path / "w"
+    weights.write(path, tiny)
+    largest = max((path / "weights").rglob("*"), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged, convert again"):
+        weights.read(path)
+
+
+def test_what_is_no_weights_is_one_line(tmp_path, tiny):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "w.txt").write_text("weights")
+    for name, message in {
+        "absent.pth": "there are no weights at",
+        "folder": "neither a directory that convert_torch_weights.py wrote nor the workdir",
+        "w.txt": "end in .pth or .safetensors",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            weights.read(tmp_path / name)
+    for form in FORMS.values():
+        weights.write(tmp_path / form, tiny)
+        with pytest.raises(UserError, match="exists; remove it"):
+            weights.write(tmp_path / form, tiny)
+
+
+def test_truncated_foreign_and_promising_safetensors(tiny, tmp_path):
+    path = tmp_path / "w.safetensors"
+    weights.write(path, tiny)
+    whole = path.read_bytes()
+    tensor = {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}
+    header = json.dumps({"head.weight": tensor}).encode()
+    repeated = json.dumps({"a": tensor | {"data_offsets": [0, 4]}}).encode()
+    for content in (
+        whole[:-100],
+        whole[:100],
+        b"",
+        b"not weights at all",
+        (2**62).to_bytes(8, "little") + header,
+        len(header).to_bytes(8, "little") + header + bytes(16),
+        len(repeated).to_bytes(8, "little") + repeated + bytes(4),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="is damaged, or not a safetensors file") as caught:
+            weights.read(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_absurd_names_cost_no_memory(tmp_path):
+    state = {"layers.999999999999.blocks.0.norm2.weight": np.zeros(1, np.float32)}
+    safetensors.numpy.save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="unexpected: layers.999999999999"):
+        weights.read(tmp_path / "w.safetensors")
+
+
+def test_load_weights_gives_the_variables_of_the_network(tiny, tmp_path):
+    weights.write(tmp_path / "w.pth", tiny)
+    model = create(tiny.settings, dtype=jnp.bfloat16)
+    variables = load_weights(model, tmp_path / "w.pth")
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    wanted = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), variables) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), wanted
+    )
+    for ours, theirs in zip(
+        jax.tree.leaves(variables), jax.tree.leaves(tiny.variables), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_head_of_another_class_count_is_initialised_anew_and_said(tiny, tmp_path, capsys):
+    weights.write(tmp_path / "w", tiny)
+    model = create(tiny.settings, num_classes=7)
+    variables = load_weights(model, tmp_path / "w")
+    said = capsys.readouterr().out
+    assert "its head has 10 classes, this network 7; the head is re-initialised" in said
+    kernel = np.asarray(variables["params"]["head"]["kernel"])
+    assert kernel.shape == (64, 7)
+    assert 0.01 < kernel.std() < 0.03
+    assert not variables["params"]["head"]["bias"].any()
+    theirs = tiny.variables["params"]["proj"]["kernel"]
+    np.testing.assert_array_equal(variables["params"]["proj"]["kernel"], theirs)
+
+
+def test_merge_keeps_the_head_that_is_there(tiny):
+    ours = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tiny.variables)
+    ours["params"]["head"] = {"kernel": np.full((64, 3), 5.0), "bias": np.full(3, 6.0)}
+    merged = weights.merge(ours, tiny)
+    assert (merged["params"]["head"]["kernel"] == 5).all()
+    assert (merged["params"]["head"]["bias"] == 6).all()
+    theirs = tiny.variables | {
+        "params": tiny.variables["params"] | {"head": ours["params"]["head"]}
+    }
+    assert_bits_equal(merged, theirs)
+
+
+def test_what_does_not_fit_is_listed(tiny, tmp_path):
+    weights.write(tmp_path / "w", tiny)
+    other = create(tiny.settings, layerscale=(False, False, False, True), projection=32)
+    with pytest.raises(UserError) as caught:
+        load_weights(other, tmp_path / "w")
+    text = str(caught.value)
+    assert "unexpected: params/layers_2/blocks_0/gamma_1" in text
+    assert "params/proj/kernel has shape (64, 64) there and (64, 32) here" in text
+    heads = create(tiny.settings, num_heads=(1, 2, 3, 8))
+    with pytest.raises(UserError, match=r"has num_heads \(1, 2, 3, 4\), this network"):
+        load_weights(heads, tmp_path / "w")

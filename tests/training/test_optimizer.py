@@ -1,0 +1,57 @@
+"""Parameter groups and the moving average."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stvit_jax import torch_weights
+from stvit_jax.training import optimizer
+
+
+@pytest.mark.parametrize("name", ["stvit_small", "stvit_base", "stvit_large"])
+def test_decay_groups_are_the_published_ones(name, data_dir, golden_state):
+    golden = json.loads((data_dir / "adamw_groups.json").read_text())[name]
+    params = torch_weights.from_torch(golden_state(name))["params"]
+    mask = optimizer.decay_mask(params)
+    for group, decayed in (("decay", True), ("no_decay", False)):
+        sizes = [
+            leaf.size
+            for leaf, masked in zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True)
+            if masked == decayed
+        ]
+        assert (len(sizes), sum(sizes)) == (golden[group]["tensors"], golden[group]["elements"])
+
+
+def test_decay_names_are_the_published_ones(data_dir, golden_state):
+    golden = json.loads((data_dir / "adamw_groups.json").read_text())["stvit_base"]
+    variables = torch_weights.from_torch(golden_state("stvit_base"))
+    mask = optimizer.decay_mask(variables["params"])
+    marked = jax.tree.map(lambda p, m: np.full(p.shape, m), variables["params"], mask)
+    by_name = torch_weights.to_torch(variables | {"params": marked})
+    no_decay = [n for n, a in by_name.items() if a.dtype == bool and not a.any()]
+    decay = [n for n, a in by_name.items() if a.dtype == bool and a.all() and "fold" not in n]
+    assert sorted(no_decay) == sorted(golden["no_decay"]["names"])
+    assert sorted(decay) == sorted(golden["decay"]["names"])
+
+
+def test_average_is_over_every_entry_and_truncates_integers():
+    old = {"a": jnp.array([1.0, 3.0]), "n": jnp.array(10)}
+    new = optimizer.update_average(old, {"a": jnp.array([2.0, 3.0]), "n": jnp.array(19)}, 0.9)
+    np.testing.assert_allclose(new["a"], [1.1, 3.0], rtol=1e-6)
+    assert (new["n"].dtype, int(new["n"])) == (jnp.int32, 10)
+
+
+@pytest.mark.usefixtures("x64")
+def test_learning_rate_follows_the_schedule_and_scales_the_decay():
+    tx = optimizer.adamw(lambda step: jnp.where(step < 1, 0.0, 0.1), weight_decay=0.5)
+    params = {"kernel": jnp.array([2.0]), "bias": jnp.array([2.0])}
+    grads = {"kernel": jnp.array([1.0]), "bias": jnp.array([1.0])}
+    state = tx.init(params)
+    updates, state = tx.update(grads, state, params)
+    assert updates["kernel"] == 0
+    updates, _ = tx.update(grads, state, params)  # equal gradients: m / sqrt(v) is 1
+    np.testing.assert_allclose(updates["bias"], [-0.1], rtol=1e-7)
+    np.testing.assert_allclose(updates["kernel"], [-0.1 - 0.1 * 0.5 * 2], rtol=1e-7)
