@@ -19,8 +19,9 @@ from stvit_jax.augment import augment_batch
 from stvit_jax.checkpoints import weights
 from stvit_jax.checkpoints.manager import Checkpoints
 from stvit_jax.console import say
-from stvit_jax.data.loader import DevicePrefetch, device_prefetch, eval_batches, train_batches
+from stvit_jax.data.loader import eval_batches, train_batches
 from stvit_jax.data.order import Order
+from stvit_jax.data.prefetch import DevicePrefetch, device_prefetch
 from stvit_jax.data.sources import Source, open_source
 from stvit_jax.errors import UserError
 from stvit_jax.models.stvit import STViT, create_model

@@ -25,9 +25,10 @@ from ml_collections import ConfigDict
 from stvit_jax import config as configs
 from stvit_jax import parallel
 from stvit_jax.console import Progress, say
-from stvit_jax.data.loader import device_prefetch, eval_batches
+from stvit_jax.data.loader import eval_batches
 from stvit_jax.data.normalization import normalize
-from stvit_jax.data.sources import TfdsSource, open_tfds
+from stvit_jax.data.prefetch import device_prefetch
+from stvit_jax.data.sources.tfds import TfdsSource, open_tfds
 from stvit_jax.errors import UserError
 from stvit_jax.models.stvit import create_model
 from stvit_jax.training import step as training
