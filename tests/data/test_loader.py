@@ -4,8 +4,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -23,6 +21,7 @@ from stvit_jax.data.prefetch import device_prefetch
 from stvit_jax.data.sources import Source, open_source
 from stvit_jax.errors import UserError
 from tests.data.labelled import SIZE, examples
+from tests.data.processes import run_script
 
 ROOT = Path(__file__).parents[2]
 SPOILT = [3, 4, 20, 21, 22]
@@ -122,7 +121,7 @@ def test_a_batch_is_as_the_spec_says(spoilt: Source, train: bool) -> None:
         assert {key: (rows.shape, rows.dtype) for key, rows in batch.items()} == spec
 
 
-def test_flags_of_the_user_stay_unparsed(digits_dir: Path) -> None:
+def test_flags_of_the_user_stay_unparsed(digits_dir: Path, tmp_path: Path) -> None:
     program = """
 import sys
 from absl import flags
@@ -141,21 +140,8 @@ if __name__ == "__main__":
     assert not flags.FLAGS.is_parsed()
     assert flags.FLAGS(["program", "--mine=given"]) == ["program"] and flags.FLAGS.mine == "given"
 """
-    done = run_script(program, digits_dir.parent, str(digits_dir))
+    done = run_script(program, tmp_path, digits_dir)
     assert done.returncode == 0, done.stderr
-
-
-def run_script(program: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Runs a program from a file, which worker processes import anew."""
-    script = folder / "script.py"
-    script.write_text(program)
-    return subprocess.run(
-        [sys.executable, script, *arguments],
-        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 def test_unreadable_images_are_replaced_by_the_next_position(
@@ -315,7 +301,7 @@ if __name__ == "__main__":
 def test_workers_ignore_signals_and_end_with_their_parent(
     digits_dir: Path, tmp_path: Path, end: str
 ) -> None:
-    ended = run_script(WORKERS_AND_SIGNALS, tmp_path, str(digits_dir), end)
+    ended = run_script(WORKERS_AND_SIGNALS, tmp_path, digits_dir, end)
     assert ended.returncode == (-9 if end == "kill" else 9), ended.stderr
     workers = ended.stdout.split()
     assert len(workers) == 2
