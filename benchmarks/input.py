@@ -25,18 +25,23 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
 
 from stvit_jax.augment import augment_batch
+from stvit_jax.console import say
 from stvit_jax.data.decode import decode_rgb, train_image
-from stvit_jax.data.loader import Batches, TrainPart
+from stvit_jax.data.examples import Examples
+from stvit_jax.data.loader import Batches
 from stvit_jax.data.order import Order
-from stvit_jax.data.sources import FAKE_SIZE, Source, open_source
+from stvit_jax.data.parts import TrainPart
+from stvit_jax.data.sources import Source, open_source
+from stvit_jax.data.sources.fake import SIZE
 from stvit_jax.errors import UserError
 
 IMAGE_SIZE = 224
@@ -89,7 +94,8 @@ def ours(source: Source) -> tuple[Pipeline, Pipeline]:
     """Our pipeline likewise; the second one reads `source`, which holds the same images."""
     rng = np.random.default_rng(0)
     order = Order(len(source), BATCH, repeats=3)
-    part = TrainPart(source, np.arange(BATCH), IMAGE_SIZE, order, flip=True)
+    spec = {"image": ((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), "label": ((), np.int32)}
+    part = TrainPart(Examples(source, _load, spec), np.arange(BATCH), order)
     numbers = itertools.count()
 
     def equal_work(images: list[bytes]) -> None:
@@ -103,6 +109,11 @@ def ours(source: Source) -> tuple[Pipeline, Pipeline]:
         assert len(batch["image"]) == len(images)
 
     return equal_work, everything
+
+
+def _load(features: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    image = train_image(features["image"], IMAGE_SIZE, rng, True)
+    return {"image": image, "label": features["label"]}
 
 
 def measure(pipelines: dict[str, Pipeline], images: list[bytes], rounds: int) -> dict[str, float]:
@@ -132,37 +143,38 @@ def device_seconds(rounds: int) -> float:
     return statistics.median(seconds)
 
 
-def main() -> None:
-    """Prints the two comparisons and the device time."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the two comparisons and the device time.
+
+    Raises:
+      UserError: the published pipeline is not installed.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.input")
     parser.add_argument("--rounds", type=int, default=20, help="of every pipeline (20)")
-    rounds = parser.parse_args().rounds
+    rounds = parser.parse_args(argv).rounds
     source = open_source("fake", "", "", train=True)
-    images = [source[index][0] for index in range(BATCH)]
+    images = [source[index]["image"] for index in range(BATCH)]
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})  # for the threads that start from here on, too
     names = ("published, equal work", "published, whole host side")
-    try:
-        pipelines = dict(zip(names, published(), strict=True))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    pipelines = dict(zip(names, published(), strict=True))
     pipelines |= dict(zip(("ours, equal work", "ours, whole host side"), ours(source), strict=True))
     pipelines["ours, decoding"] = lambda images: [decode_rgb(data) for data in images]
     speeds = measure(pipelines, images, rounds)
     os.sched_setaffinity(0, cores)
 
     size = sum(map(len, images)) / len(images)
-    print(
-        f"JPEGs of {FAKE_SIZE[0]}x{FAKE_SIZE[1]}, {size / 1000:.0f} kB on average, to "
+    say(
+        f"JPEGs of {SIZE[0]}x{SIZE[1]}, {size / 1000:.0f} kB on average, to "
         f"{IMAGE_SIZE} pixels; images/s per core, medians of {rounds} rounds of {len(images)}"
     )
     for work in ("equal work", "whole host side"):
         theirs, own = speeds[f"published, {work}"], speeds[f"ours, {work}"]
-        print(f"{work}: published {theirs:.0f}, ours {own:.0f}, ratio {own / theirs:.2f}")
+        say(f"{work}: published {theirs:.0f}, ours {own:.0f}, ratio {own / theirs:.2f}")
     share = speeds["ours, equal work"] / speeds["ours, decoding"]
-    print(f"decoding is {share:.0%} of our equal work")
+    say(f"decoding is {share:.0%} of our equal work")
     seconds = device_seconds(rounds=5)
-    print(
+    say(
         f"augmentation of {BATCH} images on {jax.devices()[0].device_kind}: "
         f"{1000 * seconds:.2f} ms, {BATCH / seconds:.0f} images/s"
     )
@@ -190,4 +202,7 @@ def _import_published() -> tuple:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from benchmarks import input as benchmark
-from stvit_jax.data import decode
 from stvit_jax.data.sources import open_source
 from stvit_jax.errors import UserError
 from tests.program import ROOT
@@ -25,16 +24,15 @@ def test_the_published_pipeline_is_asked_for(monkeypatch: pytest.MonkeyPatch) ->
 def test_both_of_our_measures_load_every_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "BATCH", 8)
     source = open_source("fake", "", "", train=True)
-    images = [source[index][0] for index in range(8)]
+    images = [source[index]["image"] for index in range(8)]
     made: list[np.ndarray] = []
-    train_image = decode.train_image
+    train_image = benchmark.train_image
 
     def recorded(*given: object) -> np.ndarray:
         made.append(train_image(*given))
         return made[-1]
 
     monkeypatch.setattr(benchmark, "train_image", recorded)
-    monkeypatch.setattr(decode, "train_image", recorded)
     for work in benchmark.ours(source):
         made.clear()
         speed = benchmark.measure({"": work}, images, rounds=2)[""]

@@ -6,11 +6,13 @@ to read the old files with their checksums. tfds's own converter does the same b
 without apache-beam, which downgrades other packages.
 """
 
+import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from stvit_jax.console import Progress
+from stvit_jax.console import Progress, say
 from stvit_jax.errors import UserError
 
 
@@ -33,7 +35,7 @@ def convert(version_dir: str) -> None:
     info = tfds.builder_from_directory(version_dir).info
     old, new = file_adapters.FileFormat.TFRECORD, file_adapters.FileFormat.ARRAY_RECORD
     if new in info.available_file_formats():
-        print(f"{version_dir} has ArrayRecord files already")
+        say(f"{version_dir} has ArrayRecord files already")
         return
     if info.file_format != old:
         raise UserError(f"{version_dir} is in format {info.file_format}, not TFRecord")
@@ -45,7 +47,7 @@ def convert(version_dir: str) -> None:
             target = template.sharded_filepath(shard_index=shard, num_shards=split.num_shards)
             if not target.exists():
                 todo.append((source, target, split.shard_lengths[shard]))
-    print(f"converting {len(todo)} files of {version_dir}", flush=True)
+    say(f"converting {len(todo)} files of {version_dir}")
     progress = Progress("converted files", len(todo))
     for done, (source, target, length) in enumerate(todo, start=1):
         records = file_adapters.TfRecordFileAdapter.make_tf_data(os.fspath(source))
@@ -65,13 +67,24 @@ def convert(version_dir: str) -> None:
         progress.update(done)
     info.add_alternative_file_format(new.value)
     write_dataset_info_proto(info.as_proto, dataset_info_dir=info.data_dir)
-    print(f"{version_dir} has ArrayRecord files now, which train.py reads")
+    say(f"{version_dir} has ArrayRecord files now, which train.py reads")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command.
+
+    Raises:
+      UserError: as `convert`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m stvit_jax.data.array_record", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("dir", help="the set's version directory")
+    convert(parser.parse_args(argv).dir)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
     try:
-        convert(sys.argv[1])
+        main()
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from stvit_jax.console import say
 from stvit_jax.errors import UserError
 
 HOLD_OUT = 5
@@ -80,7 +81,7 @@ def prepare(data_dir: str = "") -> tfds.core.DatasetBuilder:
     builder = Digits(data_dir=data_dir or None)
     if builder.data_path.exists():
         return builder
-    print(f"Writing the digits data set (1,797 images, once) to {builder.data_dir}", flush=True)
+    say(f"Writing the digits data set (1,797 images, once) to {builder.data_dir}")
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # tfds prints two banners

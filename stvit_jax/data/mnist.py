@@ -5,16 +5,19 @@ MNIST, Fashion-MNIST and their kin are published; FOLDER gets `train/` and `val/
 `data.source=folder`.
 """
 
+import argparse
 import gzip
 import shutil
 import sys
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from stvit_jax.errors import UserError
+from stvit_jax.console import say
+from stvit_jax.errors import UserError, reason
 
 SPLITS = {"train": "train", "t10k": "val"}
 
@@ -48,9 +51,9 @@ def write_folders(source: Path, folder: Path) -> None:
                 Image.fromarray(image).save(partial / split / str(label) / f"{number:05}.png")
         partial.rename(folder)
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{folder} cannot be written: {reason(error)}") from error
     for split, (images, _) in data.items():
-        print(f"{folder / split}: {len(images)} images")
+        say(f"{folder / split}: {len(images)} images")
 
 
 def _read(path: Path, dimensions: int) -> np.ndarray:
@@ -70,10 +73,23 @@ def _read(path: Path, dimensions: int) -> np.ndarray:
     return values.reshape(shape)
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command.
+
+    Raises:
+      UserError: as `write_folders`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m stvit_jax.data.mnist", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("source", type=Path, help="the folder of the four published files")
+    parser.add_argument("folder", type=Path, help="to write, for data.source=folder")
+    arguments = parser.parse_args(argv)
+    write_folders(arguments.source, arguments.folder)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
     try:
-        write_folders(Path(sys.argv[1]), Path(sys.argv[2]))
+        main()
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -22,7 +22,7 @@ import sys
 from stvit_jax.data.sources import open_source
 sizes = [len(open_source("tfds", "digits", sys.argv[1], train=train)) for train in (True, False)]
 source = open_source("tfds", "digits", sys.argv[1], train=True)
-assert source[0][0].startswith(b"\\x89PNG")
+assert source[0]["image"].startswith(b"\\x89PNG")
 assert sys.modules.get("tensorflow") is None
 print(sizes)
 """
@@ -55,8 +55,8 @@ def test_splits_hold_the_digits_of_scikit_learn(digits_dir: Path) -> None:
     found = []
     for source in (train, test):
         for index in range(len(source)):
-            data, label = source[index]
-            found.append((np.asarray(Image.open(io.BytesIO(data))).tobytes(), label))
+            image = Image.open(io.BytesIO(source[index]["image"]))
+            found.append((np.asarray(image).tobytes(), source[index]["label"]))
     assert sorted(found) == expected
 
     held_out = np.bincount([label for _, label in found[1437:]])

@@ -16,13 +16,15 @@ import pytest
 from PIL import Image
 
 from stvit_jax.data import decode
-from stvit_jax.data.loader import Batches, device_prefetch, eval_batches, train_batches
+from stvit_jax.data.examples import Batch, batch_spec
+from stvit_jax.data.loader import Batches, eval_batches, train_batches
 from stvit_jax.data.order import Order, image_rng
+from stvit_jax.data.prefetch import device_prefetch
 from stvit_jax.data.sources import Source, open_source
 from stvit_jax.errors import UserError
+from tests.data.labelled import SIZE, examples
 
 ROOT = Path(__file__).parents[2]
-SIZE = 16
 SPOILT = [3, 4, 20, 21, 22]
 
 
@@ -45,14 +47,14 @@ def spoilt(tmp_path: Path) -> Source:
     return open_source("folder", "", str(tmp_path), train=True)
 
 
-def take(batches: Batches, count: int) -> list[dict[str, np.ndarray]]:
+def take(batches: Batches, count: int) -> list[Batch]:
     try:
         return [next(batches) for _ in range(count)]
     finally:
         batches.close()
 
 
-def assert_same(ours: list[dict[str, np.ndarray]], expected: list[dict[str, np.ndarray]]) -> None:
+def assert_same(ours: list[Batch], expected: list[Batch]) -> None:
     assert len(ours) == len(expected)
     for a, b in zip(ours, expected, strict=True):
         assert a.keys() == b.keys()
@@ -61,7 +63,7 @@ def assert_same(ours: list[dict[str, np.ndarray]], expected: list[dict[str, np.n
             assert a[key].dtype == b[key].dtype
 
 
-def slow_train(source: Source, order: Order, batch: int) -> dict[str, np.ndarray]:
+def slow_train(source: Source, order: Order, batch: int) -> Batch:
     """A batch by the rules: walk on from an unreadable position to the next readable one."""
     epoch, step = divmod(batch, order.steps_per_epoch)
     rows = []
@@ -69,7 +71,7 @@ def slow_train(source: Source, order: Order, batch: int) -> dict[str, np.ndarray
         position, replaced = int(order.positions(step, np.array(slot))), 0
         while True:
             index, copy = map(int, order.images(epoch, position % order.positions_per_epoch))
-            data, label = source[index]
+            data, label = source[index]["image"], source[index]["label"]
             try:
                 rng = image_rng(order.seed, epoch, index, copy)
                 rows.append((decode.train_image(data, SIZE, rng, True), label, replaced))
@@ -80,7 +82,8 @@ def slow_train(source: Source, order: Order, batch: int) -> dict[str, np.ndarray
     return {
         "image": image,
         "label": label.astype(np.int32),
-        "replaced": replaced.astype(np.int32),
+        "mask": np.ones(order.batch_size, bool),
+        "unreadable": replaced.astype(np.int32),
     }
 
 
@@ -89,9 +92,9 @@ def test_training_data_does_not_depend_on_who_loads_it(source: Source) -> None:
     order = Order(len(source), 80, 16, 3, seed=5)  # 80: the last part of a batch is smaller
     start = order.steps_per_epoch - 2
 
-    def load(count: int, **arguments: object) -> list[dict[str, np.ndarray]]:
+    def load(count: int, **arguments: object) -> list[Batch]:
         arguments = {"start": start} | arguments
-        return take(train_batches(source, order, image_size=SIZE, flip=True, **arguments), count)
+        return take(train_batches(examples(source), order, **arguments), count)
 
     expected = [slow_train(source, order, start + number) for number in range(4)]
     assert not np.array_equal(expected[0]["image"], expected[2]["image"])
@@ -108,17 +111,64 @@ def test_training_data_does_not_depend_on_who_loads_it(source: Source) -> None:
     assert_same(joined, expected)
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_a_batch_is_as_the_spec_says(spoilt: Source, train: bool) -> None:
+    """Padding and unreadable examples included."""
+    given = examples(spoilt)
+    order = Order(len(spoilt), 24)
+    batches = train_batches(given, order) if train else eval_batches(given, batch_size=24)
+    spec = {key: ((24, *shape), dtype) for key, (shape, dtype) in batch_spec(given).items()}
+    for batch in take(batches, 2):
+        assert {key: (rows.shape, rows.dtype) for key, rows in batch.items()} == spec
+
+
+def test_flags_of_the_user_stay_unparsed(digits_dir: Path) -> None:
+    program = """
+import sys
+from absl import flags
+from stvit_jax.data.loader import train_batches
+from stvit_jax.data.order import Order
+from stvit_jax.data.sources import open_source
+from tests.data.labelled import examples
+
+flags.DEFINE_string("mine", "default", "help")
+if __name__ == "__main__":
+    source = open_source("tfds", "digits", sys.argv[1], train=True)
+    for workers in (0, 1):
+        batches = train_batches(examples(source), Order(len(source), 32), workers=workers)
+        next(batches)
+        batches.close()
+    assert not flags.FLAGS.is_parsed()
+    assert flags.FLAGS(["program", "--mine=given"]) == ["program"] and flags.FLAGS.mine == "given"
+"""
+    done = run_script(program, digits_dir.parent, str(digits_dir))
+    assert done.returncode == 0, done.stderr
+
+
+def run_script(program: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs a program from a file, which worker processes import anew."""
+    script = folder / "script.py"
+    script.write_text(program)
+    return subprocess.run(
+        [sys.executable, script, *arguments],
+        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
 def test_unreadable_images_are_replaced_by_the_next_position(
     spoilt: Source, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("stvit_jax.data.loader._named_unreadable", set())
+    monkeypatch.setattr("stvit_jax.data.parts._named_unreadable", set())
     order = Order(len(spoilt), 20, 10, 3, seed=16)
     last, _ = order.images(0, order.positions_per_epoch - 1)
     assert last in SPOILT  # the order goes round
     expected = [slow_train(spoilt, order, number) for number in range(4)]
-    replaced = np.concatenate([batch["replaced"] for batch in expected])
+    replaced = np.concatenate([batch["unreadable"] for batch in expected])
     assert replaced.max() >= 2 and (replaced == 0).sum() > 40
-    assert_same(take(train_batches(spoilt, order, image_size=SIZE, flip=True), 4), expected)
+    assert_same(take(train_batches(examples(spoilt), order), 4), expected)
     # Each is named once, though it is met several times. The loader works ahead of these epochs.
     epochs = (order.images(epoch, np.arange(order.positions_per_epoch))[0] for epoch in (0, 1))
     met = set(SPOILT) & set(np.concatenate(list(epochs)).tolist())
@@ -132,26 +182,27 @@ def test_unreadable_images_are_replaced_by_the_next_position(
 def test_a_set_without_readable_images_stops(spoilt: Source, tmp_path: Path) -> None:
     for path in (tmp_path / "train").glob("*/*.png"):
         path.write_bytes(b"no image")
-    batches = train_batches(spoilt, Order(len(spoilt), 20), image_size=SIZE, flip=True)
+    batches = train_batches(examples(spoilt), Order(len(spoilt), 20))
     with pytest.raises(UserError, match=r"in a row do not decode.*\d\d\.png: .*check the data"):
         take(batches, 1)
 
 
 @pytest.mark.parametrize("batch_size", [7, 40, 64])
 def test_evaluation_sees_every_image_once(spoilt: Source, batch_size: int) -> None:
-    batches = eval_batches(spoilt, batch_size=batch_size, image_size=SIZE, workers=2)
+    batches = eval_batches(examples(spoilt), batch_size=batch_size, workers=2)
     loaded = list(batches)
     batches.close()
     assert len(loaded) == -(-40 // batch_size)
     joined = {key: np.concatenate([batch[key] for batch in loaded]) for key in loaded[0]}
     assert joined["mask"].tolist() == [True] * 40 + [False] * (len(joined["mask"]) - 40)
-    assert np.flatnonzero(~joined["readable"]).tolist() == SPOILT
-    assert joined["label"][:40].tolist() == [0] * 20 + [1] * 20
+    assert np.flatnonzero(joined["unreadable"]).tolist() == SPOILT
+    labels = [0 if number in SPOILT else number // 20 for number in range(40)]
+    assert joined["label"][:40].tolist() == labels
     reds = [0 if number in SPOILT else 6 * number for number in range(40)]
     np.testing.assert_array_equal(joined["image"][:40, 8, 8, 0], reds)
 
     shares = [
-        list(eval_batches(spoilt, batch_size=batch_size, image_size=SIZE, slots=slots))
+        list(eval_batches(examples(spoilt), batch_size=batch_size, slots=slots))
         for slots in (slice(0, 3), slice(3, None))
     ]
     for whole, first, second in zip(loaded, *shares, strict=True):
@@ -161,9 +212,9 @@ def test_evaluation_sees_every_image_once(spoilt: Source, batch_size: int) -> No
 
 def test_large_sets_are_evaluated_by_workers_alike(digits_dir: Path, monkeypatch) -> None:
     source = open_source("tfds", "digits", str(digits_dir), train=False)
-    here = list(eval_batches(source, batch_size=100, image_size=SIZE, workers=1))
-    monkeypatch.setattr("stvit_jax.data.loader.IN_PROCESS_IMAGES", 0)
-    batches = eval_batches(source, batch_size=100, image_size=SIZE, workers=1)
+    here = list(eval_batches(examples(source), batch_size=100, workers=1))
+    monkeypatch.setattr("stvit_jax.data.loader.IN_PROCESS_EXAMPLES", 0)
+    batches = eval_batches(examples(source), batch_size=100, workers=1)
     first = next(batches)
     assert len(multiprocessing.active_children()) == 1
     assert_same([first, *batches], here)
@@ -181,7 +232,7 @@ def test_a_corrupt_record_stops_the_workers_run(digits_dir: Path, tmp_path: Path
     path.write_bytes(data)
     source = open_source("tfds", "digits", str(tmp_path / "data"), train=True)
     order = Order(len(source), 64, repeats=1)
-    batches = train_batches(source, order, image_size=SIZE, flip=True, workers=1)
+    batches = train_batches(examples(source), order, workers=1)
     prefetched = device_prefetch(batches, sharding())
     with pytest.raises(UserError, match="digits-train.array_record.*is damaged"):
         for _ in range(order.steps_per_epoch):
@@ -200,10 +251,8 @@ def sharding() -> jax.sharding.Sharding:
 def test_device_prefetch_keeps_the_order_and_frees_its_thread(source: Source) -> None:
     order = Order(len(source), 64)
     threads = set(threading.enumerate())
-    expected = take(train_batches(source, order, image_size=SIZE, flip=True), 5)
-    batches = device_prefetch(
-        train_batches(source, order, image_size=SIZE, flip=True, workers=1), sharding(), size=2
-    )
+    expected = take(train_batches(examples(source), order), 5)
+    batches = device_prefetch(train_batches(examples(source), order, workers=1), sharding(), size=2)
     for batch in expected:
         ours = next(batches)
         assert ours.keys() == batch.keys()
@@ -219,12 +268,10 @@ def test_device_prefetch_keeps_the_order_and_frees_its_thread(source: Source) ->
 
 def test_device_prefetch_ends_and_is_closed_when_dropped(source: Source) -> None:
     threads = set(threading.enumerate())
-    batches = device_prefetch(eval_batches(source, batch_size=720, image_size=SIZE), sharding())
+    batches = device_prefetch(eval_batches(examples(source), batch_size=720), sharding())
     assert len(list(batches)) == 2
     order = Order(len(source), 64)
-    dropped = device_prefetch(
-        train_batches(source, order, image_size=SIZE, flip=True), sharding(), size=1
-    )
+    dropped = device_prefetch(train_batches(examples(source), order), sharding(), size=1)
     next(dropped)
     del dropped, batches
     wait_until(lambda: not set(threading.enumerate()) - threads)
@@ -242,11 +289,12 @@ import multiprocessing, os, signal, sys
 from stvit_jax.data.loader import train_batches
 from stvit_jax.data.order import Order
 from stvit_jax.data.sources import open_source
+from tests.data.labelled import examples
 
 if __name__ == "__main__":
     source = open_source("tfds", "digits", sys.argv[1], train=True)
     order = Order(len(source), 32)
-    batches = train_batches(source, order, image_size=16, flip=True, workers=2)
+    batches = train_batches(examples(source), order, workers=2)
     next(batches)
     workers = [process.pid for process in multiprocessing.active_children()]
     for pid in workers:
@@ -267,15 +315,7 @@ if __name__ == "__main__":
 def test_workers_ignore_signals_and_end_with_their_parent(
     digits_dir: Path, tmp_path: Path, end: str
 ) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(WORKERS_AND_SIGNALS)
-    ended = subprocess.run(
-        [sys.executable, script, digits_dir, end],
-        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    ended = run_script(WORKERS_AND_SIGNALS, tmp_path, str(digits_dir), end)
     assert ended.returncode == (-9 if end == "kill" else 9), ended.stderr
     workers = ended.stdout.split()
     assert len(workers) == 2
@@ -296,7 +336,7 @@ def alive(pid: str) -> bool:
 
 def test_a_killed_worker_is_one_clear_error(source: Source) -> None:
     order = Order(len(source), 32)
-    batches = train_batches(source, order, image_size=SIZE, flip=True, workers=1)
+    batches = train_batches(examples(source), order, workers=1)
     next(batches)
     (worker,) = multiprocessing.active_children()
     worker.kill()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stvit_jax.data.mnist import write_folders
+from stvit_jax.data.mnist import main, write_folders
 from stvit_jax.data.sources import open_source
 from stvit_jax.errors import UserError
 
@@ -34,12 +34,12 @@ def mnist(tmp_path: Path) -> tuple[Path, dict[str, tuple[np.ndarray, np.ndarray]
 
 def test_every_image_lands_in_the_folder_of_its_label(mnist) -> None:
     source, data = mnist
-    write_folders(source, source / "folders")
+    main([str(source), str(source / "folders")])
     for split, (images, labels) in data.items():
         written = open_source("folder", "", str(source / "folders"), train=split == "train")
         assert written.class_names == ("0", "1", "2")
         found = [
-            (label, np.asarray(Image.open(io.BytesIO(png))).tobytes()) for png, label in written
+            (x["label"], np.asarray(Image.open(io.BytesIO(x["image"]))).tobytes()) for x in written
         ]
         assert sorted(found) == sorted(
             (int(label), image.tobytes()) for image, label in zip(images, labels, strict=True)

@@ -15,6 +15,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
 from stvit_jax.data.sources import open_source
+from stvit_jax.data.sources.tfds import open_tfds
 from stvit_jax.errors import UserError
 from tests.mini_sets import picture, prepare
 
@@ -152,7 +153,40 @@ def test_a_record_is_found_in_its_file(tmp_path: Path) -> None:
         indices = [i for i, place in enumerate(places) if place[0] == file]
         assert [int(places[i][1]) for i in indices] == list(range(len(records)))
         for index, record in zip(indices, records, strict=True):
-            assert source[index][0] in record
+            assert source[index]["image"] in record
+
+
+def test_a_source_gives_all_features(tmp_path: Path) -> None:
+    """Images encoded, names of all features that hold classes; a label only where there is one."""
+    png = picture(0, (32, 32), "PNG")
+    examples = [{"id": "a", "image": png, "label": 7, "coarse_label": 11}]
+    prepare("cifar100", tmp_path, {"train": examples})
+    source = open_tfds("cifar100", str(tmp_path), train=True)
+    assert source[0] == {"id": b"a", "image": png, "label": 7, "coarse_label": 11}
+    assert source.class_names == source.label_names["label"] and source.num_classes == 100
+    assert len(source.label_names["coarse_label"]) == 20
+
+    several = [{"image": png, "file_name": "b", "original_label": 3, "real_label": [3, 8]}]
+    prepare("imagenet2012_real", tmp_path, {"validation": several})
+    source = pickle.loads(pickle.dumps(open_tfds("imagenet2012_real", str(tmp_path), train=False)))
+    assert source[0].keys() == {"image", "file_name", "original_label", "real_label"}
+    assert source[0]["image"] == png and list(source[0]["real_label"]) == [3, 8]
+    assert source.class_names == () and source.num_classes == 0
+    names = source.label_names
+    assert names.keys() == {"original_label", "real_label"}
+    assert len(names["real_label"]) == 1000 and names["real_label"] == names["original_label"]
+    with pytest.raises(UserError, match="'imagenet2012_real' has no ClassLabel feature 'real_la"):
+        open_source("tfds", "imagenet2012_real", str(tmp_path), train=False)
+
+
+def test_an_empty_split(own_digits: Path) -> None:
+    info = own_digits / "digits" / "1.0.0"
+    splits = json.loads((info / "dataset_info.json").read_text())["splits"]
+    for split in splits:
+        split["shardLengths"] = ["0"]
+    change_info(info, splits=splits)
+    with pytest.raises(UserError, match="the split test of tfds data set 'digits' .* is empty"):
+        open_source("tfds", "digits", str(own_digits), train=False)
 
 
 def test_a_set_without_class_labels(own_digits: Path) -> None:
@@ -208,9 +242,10 @@ def folders(tmp_path: Path) -> Path:
 def test_folders_are_classes_by_name(folders: Path) -> None:
     train = pickle.loads(pickle.dumps(open_source("folder", "", str(folders), train=True)))
     assert train.class_names == ("a", "b") and train.num_classes == 2
-    read = [(Image.open(io.BytesIO(data)).getpixel((0, 0)), label) for data, label in train]
+    read = [(Image.open(io.BytesIO(x["image"])).getpixel((0, 0)), x["label"]) for x in train]
     assert read == [(10, 0), (20, 1), (30, 1)]
-    assert [label for _, label in open_source("folder", "", str(folders), train=False)] == [0, 1]
+    val = open_source("folder", "", str(folders), train=False)
+    assert [features["label"] for features in val] == [0, 1]
 
 
 def test_folder_mistakes(folders: Path) -> None:
@@ -249,12 +284,12 @@ def test_fake_pictures_are_jpegs_and_repeatable() -> None:
     source = open_source("fake", "", "", train=True)
     again = open_source("fake", "", "", train=False)
     assert (len(source), len(again), source.num_classes) == (1_281_167, 1000, 1000)
-    data, label = source[999]
-    assert (data, label) == again[999]
+    assert source[999] == again[999]
+    data = source[999]["image"]
     image = Image.open(io.BytesIO(data))
     assert (image.format, image.size) == ("JPEG", (500, 375))
     assert np.asarray(image).std() > 20
-    assert data != source[998][0]
+    assert data != source[998]["image"]
 
 
 def test_an_unknown_source() -> None:

@@ -1,0 +1,74 @@
+"""Batches on the devices ahead of their use. JAX is imported where it is used, and only here."""
+
+import contextlib
+import queue
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from stvit_jax.data.loader import Batches
+
+
+def device_prefetch(batches: Batches, sharding: Any, size: int = 2) -> "DevicePrefetch":
+    """Puts batches on the devices ahead of their use, from a thread that starts at once.
+
+    Args:
+      batches: of this process's share; closed with the result.
+      sharding: of the leading axis of every array.
+      size: how many batches wait on the devices.
+
+    Returns:
+      an iterator of the batches as global `jax.Array`s, in order. Exceptions of `batches` arrive
+      where their batch would have been. It wants `close()`.
+    """
+    return DevicePrefetch(batches, sharding, size)
+
+
+class DevicePrefetch(Iterator[dict[str, Any]]):
+    """See `device_prefetch`."""
+
+    def __init__(self, batches: Batches, sharding: Any, size: int) -> None:
+        self._queue: queue.Queue = queue.Queue(size)
+        stop = threading.Event()
+        # The thread holds no reference to self: an iterator that is dropped is closed.
+        thread = threading.Thread(
+            target=_put_ahead, args=(batches, sharding, self._queue, stop), daemon=True
+        )
+        thread.start()
+        self.close = weakref.finalize(self, _stop_ahead, batches, stop, thread)
+
+    def __next__(self) -> dict[str, Any]:
+        if not self.close.alive:
+            raise StopIteration
+        batch, error = self._queue.get()
+        if error is not None:
+            self.close()
+            raise error
+        return batch
+
+
+def _put_ahead(batches: Batches, sharding: Any, out: queue.Queue, stop: threading.Event) -> None:
+    import jax
+
+    error: BaseException | None = None
+    while error is None and not stop.is_set():
+        item = None
+        try:
+            item = {
+                key: jax.make_array_from_process_local_data(sharding, array)
+                for key, array in next(batches).items()
+            }
+        except BaseException as raised:  # StopIteration too: it ends the iteration over there
+            error = raised
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                out.put((item, error), timeout=0.1)
+                break
+
+
+def _stop_ahead(batches: Batches, stop: threading.Event, thread: threading.Thread) -> None:
+    stop.set()
+    if thread is not threading.current_thread():  # the garbage collector runs in any thread
+        batches.close()
+        thread.join()
