@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from stvit_jax import config as configs
 from stvit_jax import parallel, schedules
 from stvit_jax.augment import augment_batch
-from stvit_jax.checkpoints import weights
+from stvit_jax.checkpoints import fit, weights
 from stvit_jax.checkpoints.manager import Checkpoints
 from stvit_jax.console import say
 from stvit_jax.data.loader import DevicePrefetch, device_prefetch, eval_batches, train_batches
@@ -257,8 +257,8 @@ def _state(
     state = jax.jit(create, out_shardings=whole, compiler_options=options)(key)
     if found is None:
         return state
-    weights.check_heads(model, found)
-    variables = jax.device_put(weights.merge(state.variables, found), whole)
+    fit.check_heads(model, found)
+    variables = jax.device_put(fit.merge(state.variables, found), whole)
     say(f"starting from {found.source}")
     # A copy: two leaves of one donated state must not share a buffer.
     return state.replace(**variables, ema=jax.tree.map(jnp.copy, variables) if state.ema else {})

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from stvit_jax import parallel
-from stvit_jax.checkpoints import weights
+from stvit_jax.checkpoints import fit, weights
 from stvit_jax.console import Progress
 from stvit_jax.errors import UserError
 from stvit_jax.models import settings
@@ -27,14 +27,14 @@ def read_variables(
       UserError: no weights, or those of another network or of another number of classes.
     """
     read = weights.read(path, ema)
-    weights.check_heads(model, read)
+    fit.check_heads(model, read)
     abstract = settings.abstract(model)
-    if weights.has_other_head(abstract, read):
+    if fit.has_other_head(abstract, read):
         raise UserError(
             f"{read.source} has a head for another number of classes than {model.num_classes}, "
             "those of the data: there is nothing to evaluate"
         )
-    merged = weights.merge(abstract, read)
+    merged = fit.merge(abstract, read)
     return jax.device_put(merged, parallel.replicated(mesh)), read.source
 
 
