@@ -15,7 +15,7 @@ import pytest
 
 import convert_torch_weights
 import stvit_jax
-from stvit_jax.checkpoints import weights
+from stvit_jax.checkpoints import fit, weights
 from stvit_jax.data.order import Order
 from stvit_jax.data.sources import open_source
 from stvit_jax.models import settings
@@ -94,7 +94,7 @@ def test_what_a_run_leaves(straight):
 
 def test_the_trained_network_really_samples(straight, digits_dir):
     """The association of the sampled stages is not the uniform 1/9."""
-    found = weights.identify(weights.read(straight))
+    found = fit.identify(weights.read(straight))
     model = settings.create(found.settings)
     source = open_source("tfds", "digits", str(digits_dir), train=False)
     images = np.stack([stvit_jax.data.eval_image(source[i][0], 32) for i in range(8)])
