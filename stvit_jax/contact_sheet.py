@@ -9,7 +9,6 @@ the labels it is trained on.
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax

@@ -193,9 +193,7 @@ def _train(
     return 0
 
 
-def _evaluate(
-    config: ConfigDict, where: Path, task: Task, evaluator: Evaluator, mesh: Mesh
-) -> int:
+def _evaluate(config: ConfigDict, where: Path, task: Task, evaluator: Evaluator, mesh: Mesh) -> int:
     """Evaluates `init_from`, or the newest checkpoint of the workdir, raw and EMA; only reads."""
     path = Path(config.init_from or where)
     abstract = jax.eval_shape(task.init, jax.random.key(0))
@@ -255,9 +253,7 @@ def _learning_rate(config: ConfigDict, steps_per_epoch: int) -> schedules.Schedu
 
 
 def _prefetched(batches: Any, mesh: Mesh, stop: Stop) -> DevicePrefetch:
-    return device_prefetch(
-        batches, parallel.by_image(mesh), interrupted=lambda: stop.requested
-    )
+    return device_prefetch(batches, parallel.by_image(mesh))
 
 
 def _open_workdir(config: ConfigDict, where: Path, task: Task) -> None:

@@ -103,9 +103,12 @@ def forms(tree: PyTree) -> dict[str, str]:
     return {path: f"{leaf.dtype}{tuple(leaf.shape)}" for path, leaf in leaves(tree).items()}
 
 
-def describe(position: int, state: PyTree, digests: dict[str, str]) -> dict[str, Any]:
-    """The JSON item of the checkpoint of `state` at `position`."""
+def describe(
+    position: int, state: PyTree, digests: dict[str, str], notes: dict[str, Any]
+) -> dict[str, Any]:
+    """The JSON item of the checkpoint of `state` at `position`, with the run's own notes."""
     meta = {"format": _FORMAT, "position": position, "forms": forms(state), "digests": digests}
+    meta |= {"notes": notes}
     return meta | {"checksum": _checksum(meta)}
 
 

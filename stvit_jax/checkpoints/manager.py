@@ -64,7 +64,7 @@ class Checkpoints:
                 "make it a directory that can be written, or use another workdir"
             ) from error
 
-    def save(self, position: int, state: PyTree) -> None:
+    def save(self, position: int, state: PyTree, notes: dict[str, Any] | None = None) -> None:
         """Saves in the background; returns as soon as `state` may be donated or changed.
 
         Waits for the save before, so that at most one is in flight. A position that is already
@@ -73,6 +73,7 @@ class Checkpoints:
         Args:
           position: batches consumed.
           state: a pytree of `jax.Array`s, as `leaf_digests` takes them.
+          notes: plain values that go with it.
 
         Raises:
           UserError: the state holds non-finite values (nothing is saved then and the older
@@ -95,7 +96,7 @@ class Checkpoints:
                 position,
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(state),
-                    meta=ocp.args.JsonSave(describe(position, state, digests)),
+                    meta=ocp.args.JsonSave(describe(position, state, digests, notes or {})),
                 ),
                 force=True,
             )
@@ -123,7 +124,7 @@ class Checkpoints:
                 self._failures = 0
         return max(self._manager.all_steps(), default=None)
 
-    def restore_newest(self, abstract_state: PyTree) -> tuple[int, PyTree] | None:
+    def restore_newest(self, abstract_state: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
         """Restores the newest checkpoint that verifies.
 
         Each damaged one is named in one line. Once a sound one is found, the damaged ones are moved
@@ -134,7 +135,8 @@ class Checkpoints:
               another device count than the saved ones.
 
         Returns:
-          The position and the state, every bit as saved; None where there is no checkpoint.
+          The position, the state, every bit as saved, and its notes; None where there is no
+          checkpoint.
 
         Raises:
           UserError: the newest sound checkpoint is of another network, or none is sound.
@@ -157,7 +159,7 @@ class Checkpoints:
         if found is None:
             return None
         self._set_aside(found.damaged)
-        return found.position, found.state
+        return found.position, found.state, found.notes
 
     def close(self) -> None:
         """Waits for the save in flight and releases everything.

@@ -27,11 +27,13 @@ class Found:
     Attributes:
       position: batches consumed.
       state: what was selected of it, every bit as saved.
+      notes: what the run kept with it; a run of an older version kept none.
       damaged: positions of the newer ones, which are not sound.
     """
 
     position: int
     state: PyTree
+    notes: dict[str, Any]
     damaged: list[int]
 
 
@@ -60,7 +62,7 @@ def read_newest(directory: Path, select: Select) -> Found | None:
     for position in positions(directory):
         path = directory / str(position)
         try:
-            return Found(position, _read(path, position, select), damaged)
+            return Found(position, *_read(path, position, select), damaged)
         except UserError:
             raise
         except Exception as error:  # the readers raise anything on damaged files
@@ -75,7 +77,7 @@ def read_newest(directory: Path, select: Select) -> Found | None:
     return None
 
 
-def _read(path: Path, position: int, select: Select) -> PyTree:
+def _read(path: Path, position: int, select: Select) -> tuple[PyTree, dict[str, Any]]:
     """Raises UserError where it is not what is wanted, anything else where it is damaged."""
     path = path.absolute()  # Orbax takes no relative path
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
@@ -92,7 +94,7 @@ def _read(path: Path, position: int, select: Select) -> PyTree:
         raise DamagedError("it lacks some of what is listed in it")
     if wrong := [leaf for leaf in digests if digests[leaf] != meta["digests"][leaf]]:
         raise DamagedError(f"the digest of {listing(wrong, 3)} is not the one it was saved with")
-    return state
+    return state, meta.get("notes", {})
 
 
 def _restore_args(leaf: Any) -> ocp.RestoreArgs:

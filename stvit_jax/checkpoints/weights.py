@@ -56,6 +56,7 @@ class Weights:
       source: the file or directory that was read; of a workdir, its checkpoint.
       ignored: entries that were left out, and why.
       step: batches consumed, of a workdir's checkpoint; None otherwise.
+      epoch: likewise.
       classes: names by label, where the file carries them.
     """
 
@@ -64,6 +65,7 @@ class Weights:
     source: Path
     ignored: dict[str, str]
     step: int | None = None
+    epoch: float | None = None
     classes: tuple[str, ...] | None = None
 
 
@@ -214,7 +216,8 @@ def _read_workdir(path: Path, ema: bool) -> Weights:
         raise UserError(f"{path} holds no sound checkpoint; train first, or bring back a copy")
     variables = found.state["ema"] if ema else found.state
     source = path / "checkpoints" / str(found.position)
-    return Weights(variables, settings, source, {}, found.position, _read_classes(path))
+    epoch = found.notes.get("epoch")
+    return Weights(variables, settings, source, {}, found.position, epoch, _read_classes(path))
 
 
 def _read_classes(workdir: Path) -> Any:

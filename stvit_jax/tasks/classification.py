@@ -291,7 +291,7 @@ def sheet(
     batch: dict[str, np.ndarray],
     key: jax.Array,
 ) -> list[list[Picture]]:
-    """Every example as the host cut it, and as the device makes it, with the labels it trains on."""
+    """Every example as the host cut it and as the device makes it, with its labels, as trained."""
     images, targets = augment(jax.random.split(key)[0], batch["image"], batch["label"])
     after = np.clip((np.asarray(images) * STD + MEAN) * 255 + 0.5, 0, 255).astype(np.uint8)
     rows = []

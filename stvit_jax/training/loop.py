@@ -52,7 +52,7 @@ def train(
 
     def save_last() -> None:
         meter.report_up_to(step)
-        checkpoints.save(step, state, meter.notes)
+        checkpoints.save(step, state, meter.notes(step))
         if checkpoints.wait() != step:
             raise UserError(
                 f"step {step} could not be saved, see above; free some space, and the same command "
@@ -87,7 +87,7 @@ def train(
                 meter.report_up_to(step - 1)  # one step late: the device is busy with the next
             if plan.saves(step):
                 meter.report_up_to(step)
-                checkpoints.save(step, state, meter.notes)
+                checkpoints.save(step, state, meter.notes(step))
                 meter.restart_clock(step)
             if plan.evaluates(step):
                 meter.report_up_to(step)

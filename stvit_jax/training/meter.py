@@ -53,10 +53,9 @@ class Meter:
         self._unreadable_before = self._unreadable
         self.restart_clock(0)
 
-    @property
-    def notes(self) -> dict[str, Any]:
-        """What a checkpoint has to keep."""
-        return {"unreadable": self._unreadable}
+    def notes(self, step: int) -> dict[str, Any]:
+        """What a checkpoint of a step has to keep."""
+        return {"unreadable": self._unreadable, "epoch": round(self._plan.epoch(step), 4)}
 
     def restart_clock(self, step: int) -> None:
         """The time up to here is not the speed of training."""

@@ -34,7 +34,8 @@ class MetricWriter:
             # Opened for every line: a file that was moved away, or a disk that had been full,
             # costs the lines of that time only.
             with self._path.open("ab", buffering=0) as file:
-                data = f"{'\n' * self._half_line}{line}\n".encode()
+                data = f"{line}\n".encode()
+                data = b"\n" + data if self._half_line else data
                 self._half_line = file.write(data) < len(data)  # the disk is full
         except OSError as error:
             if not self._complained:
