@@ -43,10 +43,7 @@ def contact_sheet(config: ConfigDict) -> Image.Image:
     validate(config)
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))
     task = tasks.build(config, mesh)
-    source = task.train.source
-    if len(source) < count:
-        raise UserError(f"{source.name} has {len(source)} images, and the sheet shows {count}")
-    order = Order(len(source), count, GROUP_SIZE, config.data.repeats, seed=config.seed)
+    order = Order(len(task.train.source), count, GROUP_SIZE, config.data.repeats, seed=config.seed)
     with contextlib.closing(train_batches(task.train, order)) as batches:
         batch = next(batches)
     first_step = jax.random.fold_in(jax.random.key(config.seed), 0)

@@ -1,6 +1,7 @@
 """The order of work behind `train.py`: config, task, state, loop."""
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -58,6 +60,46 @@ def run(config: ConfigDict, where: Path, stop: Stop) -> int:
     if config.eval_only:
         return _evaluate(config, where, task, evaluator, mesh)
     return _train(config, where, task, evaluator, mesh, stop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plans:
+    """What is decided before anything runs: which images, when what happens, how it learns."""
+
+    order: Order
+    plan: Plan
+    learning_rate: schedules.Schedule
+    tx: optax.GradientTransformation
+
+    @classmethod
+    def of(cls, config: ConfigDict, task: Task) -> "Plans":
+        """Those of a config.
+
+        Raises:
+          UserError: the data set is smaller than a batch.
+        """
+        images, batch_size = len(task.train.source), config.batch_size
+        order = Order(images, batch_size, config.group_size, config.data.repeats, config.seed)
+        steps_per_epoch = order.steps_per_epoch
+        plan = Plan(
+            steps=min(config.epochs * steps_per_epoch, config.steps or sys.maxsize),
+            steps_per_epoch=steps_per_epoch,
+            batch_size=batch_size,
+            log_every=config.log_every,
+            evaluate_every=config.eval_every_epochs * steps_per_epoch,
+            checkpoint_every=config.checkpoint_every,
+            max_bad_fraction=config.data.max_bad_fraction,
+        )
+        learning_rate = schedules.learning_rate(
+            config.learning_rate * batch_size / 512,
+            config.min_learning_rate,
+            config.warmup_learning_rate,
+            config.warmup_epochs,
+            config.epochs,
+            steps_per_epoch,
+        )
+        tx = optimizer.adamw(learning_rate, config.weight_decay)
+        return cls(order, plan, learning_rate, tx)
 
 
 class Evaluator:
@@ -119,16 +161,8 @@ class Evaluator:
 def _train(
     config: ConfigDict, where: Path, task: Task, evaluator: Evaluator, mesh: Mesh, stop: Stop
 ) -> int:
-    order = Order(
-        len(task.train.source),
-        config.batch_size,
-        config.group_size,
-        config.data.repeats,
-        config.seed,
-    )
-    plan = _plan(config, order.steps_per_epoch)
-    learning_rate = _learning_rate(config, order.steps_per_epoch)
-    tx = optimizer.adamw(learning_rate, config.weight_decay)
+    plans = Plans.of(config, task)
+    plan = plans.plan
     _open_workdir(config, where, task)
     say(
         f"{task.what} on {mesh.size} x {mesh.devices.flat[0].device_kind}; "
@@ -138,7 +172,7 @@ def _train(
     with contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(where / "checkpoints", keep=config.checkpoint_keep)
         stack.callback(checkpoints.close)
-        create = partial(init_state, task.init, tx, ema=config.ema_decay > 0)
+        create = partial(init_state, task.init, plans.tx, ema=config.ema_decay > 0)
         state, notes = _state(config, task, create, checkpoints, mesh)
         step = int(state.step)
         done = workdir.Evaluations(where)
@@ -154,7 +188,7 @@ def _train(
         batches = _prefetched(
             train_batches(
                 task.train,
-                order,
+                plans.order,
                 start=step,
                 slots=parallel.own_slots(config.batch_size, mesh),
                 workers=config.data.workers,
@@ -173,7 +207,7 @@ def _train(
             say(f"step {step}/{plan.steps}: {evaluator.describe(metrics)}")
 
         key = jax.device_put(jax.random.key(config.seed), parallel.replicated(mesh))
-        train_step = make_train_step(task.objective, tx, config.ema_decay)
+        train_step = make_train_step(task.objective, plans.tx, config.ema_decay)
         step = loop.train(
             state,
             batches,
@@ -182,7 +216,7 @@ def _train(
             key=key,
             evaluate=evaluate_now,
             evaluated=evaluated,
-            meter=Meter(plan, learning_rate, writer, notes),
+            meter=Meter(plan, plans.learning_rate, writer, notes),
             checkpoints=checkpoints,
             stop=stop,
         )
@@ -227,29 +261,6 @@ def _evaluate(config: ConfigDict, where: Path, task: Task, evaluator: Evaluator,
     with contextlib.closing(MetricWriter(where)) as writer:
         writer.write(found.step or 0, found.epoch or 0.0, metrics, eval_only=True)
     return 0
-
-
-def _plan(config: ConfigDict, steps_per_epoch: int) -> Plan:
-    return Plan(
-        steps=min(config.epochs * steps_per_epoch, config.steps or sys.maxsize),
-        steps_per_epoch=steps_per_epoch,
-        batch_size=config.batch_size,
-        log_every=config.log_every,
-        evaluate_every=config.eval_every_epochs * steps_per_epoch,
-        checkpoint_every=config.checkpoint_every,
-        max_bad_fraction=config.data.max_bad_fraction,
-    )
-
-
-def _learning_rate(config: ConfigDict, steps_per_epoch: int) -> schedules.Schedule:
-    return schedules.learning_rate(
-        config.learning_rate * config.batch_size / 512,
-        config.min_learning_rate,
-        config.warmup_learning_rate,
-        config.warmup_epochs,
-        config.epochs,
-        steps_per_epoch,
-    )
 
 
 def _prefetched(batches: Any, mesh: Mesh, stop: Stop) -> DevicePrefetch:

@@ -41,8 +41,16 @@ def task(config: ConfigDict, mesh: Mesh) -> Task:
       UserError: as `tasks.build`.
     """
     open_split = partial(open_source, config.data.source, config.data.name, config.data.dir)
+    classes: tuple[str, ...] = ()
+    train, steps_per_epoch = None, 1
+    if not config.eval_only:  # sets that only test (imagenet_v2) have no other split
+        source = open_split(train=True)
+        classes = tuple(source.class_names)
+        train = examples(config, source, len(classes), train=True)
+        steps_per_epoch = Order(
+            len(source), config.batch_size, config.group_size, config.data.repeats
+        ).steps_per_epoch
     if config.robustness:
-        classes: tuple[str, ...] = ()
         model = create(config, robustness.CLASSES, "the robustness sets have")
         evaluations = robustness.evaluations(config, model)
     else:
@@ -50,14 +58,6 @@ def task(config: ConfigDict, mesh: Mesh) -> Task:
         classes = tuple(source.class_names)
         model = create(config, len(classes), f"{source.name} has")
         evaluations = (evaluation(model, examples(config, source, len(classes), train=False)),)
-    train, steps_per_epoch = None, 1
-    if not config.eval_only:  # sets that only test (imagenet_v2) have no other split
-        source = open_split(train=True)
-        classes = classes or tuple(source.class_names)
-        train = examples(config, source, len(classes), train=True)
-        steps_per_epoch = Order(
-            len(source), config.batch_size, config.group_size, config.data.repeats
-        ).steps_per_epoch
     augment = partial(
         augment_batch,
         num_classes=model.num_classes,

@@ -67,8 +67,9 @@ def replace(path: Path, text: str) -> None:
     Raises:
       UserError: it cannot be written.
     """
-    if read_text(path) == text:
-        return
+    with contextlib.suppress(UserError):  # what cannot be read is replaced, too
+        if read_text(path) == text:
+            return
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with unfinished.open("w", encoding="utf-8") as file:
@@ -95,7 +96,9 @@ class Evaluations:
         with contextlib.suppress(ValueError, RecursionError):  # UserError is a ValueError
             content = json.loads(read_text(self._path) or "{}")
             if isinstance(content, dict):
-                self._by_step = {k: v for k, v in content.items() if isinstance(v, dict)}
+                self._by_step = {
+                    k: v for k, v in content.items() if k.isdecimal() and isinstance(v, dict)
+                }
 
     def of(self, step: int) -> dict[str, float] | None:
         """The metrics of a step, if it has been evaluated."""

@@ -104,7 +104,8 @@ def restore(directory: Path, state: State | None = None) -> tuple[int, State] | 
     def run() -> tuple[int, State] | None:
         checkpoints = Checkpoints(directory, keep=2)
         try:
-            return checkpoints.restore_newest(target() if state is None else state)
+            found = checkpoints.restore_newest(target() if state is None else state)
+            return found and found[:2]
         finally:
             checkpoints.close()
 

@@ -58,7 +58,7 @@ def save_and_donate(directory: Path) -> None:
         jax.block_until_ready(state)
     checkpoints.wait()
     for position in (3, 2, 1):
-        newest, state = checkpoints.restore_newest(target())
+        newest, state, _ = checkpoints.restore_newest(target())
         assert newest == position
         restored = jax.tree.map(lambda x: np.array(x, copy=True), state)
         jax.block_until_ready(advance(state))  # what was restored can be donated too
@@ -137,7 +137,7 @@ def test_nothing_but_damage_is_logged(
 def on_other_devices(two: str, directory: str) -> None:
     """Restores what was saved on another device count, saves, donates, takes digests."""
     checkpoints = Checkpoints(two, keep=2)
-    newest, state = checkpoints.restore_newest(target())
+    newest, state, _ = checkpoints.restore_newest(target())
     checkpoints.close()
     assert newest == 2 and state.params["half"].sharding.num_devices == len(jax.devices())
     assert_is(state, 2)
@@ -207,7 +207,7 @@ def save_until_killed(directory: str, delay: str) -> None:
     checkpoints = Checkpoints(directory, keep=2)
     position = 0
     if (newest := checkpoints.restore_newest(target())) is not None:
-        position, state = newest
+        position, state, _ = newest
         assert_is(state, position)
     assert not list(Path(directory).glob("*tmp*")) or position == 0
     first = position

@@ -61,7 +61,7 @@ def workdir(tmp_path, tiny, overrides) -> Callable[[int], Path]:
     run = config.base()
     run.model.update({k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()})
     run.model.num_classes = None  # from the data, as in configs/
-    config.write(run, path / "config.json")
+    (path / "config.json").write_text(config.to_json(run))
 
     def save(step: int, ema: bool = True) -> Path:
         def shifted(by: float):
