@@ -25,10 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from stvit_jax import torch_weights
-from stvit_jax.checkpoints import weights
+from stvit_jax.checkpoints import fit, weights
 from stvit_jax.console import say
 from stvit_jax.errors import UserError
-from stvit_jax.models.settings import SETTINGS, create
+from stvit_jax.models.settings import SETTINGS, UNOPTIMIZED, create
 from stvit_jax.models.stvit import list_models
 
 _TOLERANCE = 1e-9  # of the largest logit, in float64
@@ -44,7 +44,7 @@ def convert(
     """
     found = weights.read(source, ema)
     say(f"input      {found.source}\n  sha256   {sha256(found.source)}")
-    found = weights.identify(found, model, **overrides)
+    found = fit.identify(found, model, **overrides)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(found.variables["params"]))
     say(
         f"found      {found.settings['name']}, {found.settings['num_classes']} classes, "
@@ -83,11 +83,10 @@ def compare(before: weights.Weights, after: weights.Weights) -> str:
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         model = create(after.settings, dtype=jnp.float64)
         variables = jax.tree.map(
-            lambda x: x.astype(np.float64) if x.ndim else x, weights.identify(after).variables
+            lambda x: x.astype(np.float64) if x.ndim else x, fit.identify(after).variables
         )
-        # It runs once: optimising the program would take longer than it saves.
-        quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-        ours = np.asarray(jax.jit(model.apply, compiler_options=quick)(variables, images))
+        apply = jax.jit(model.apply, compiler_options=UNOPTIMIZED)
+        ours = np.asarray(apply(variables, images))
     difference, largest = np.max(np.abs(ours - theirs)), np.max(np.abs(theirs))
     report = f"PyTorch and Flax in float64: largest difference {difference:.1e}, logits up to "
     report += f"{largest:.1e}"

@@ -13,7 +13,7 @@ _EXPORTS = {
     "UserError": "errors",
     "create_model": "models.stvit",
     "list_models": "models.stvit",
-    "load_weights": "checkpoints.weights",
+    "load_weights": "checkpoints.fit",
 }
 _MODULES = ("augment", "data", "ops", "schedules", "torch_weights")
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
 
 if TYPE_CHECKING:  # what editors and type checkers see
     from stvit_jax import augment, data, ops, schedules, torch_weights
-    from stvit_jax.checkpoints.weights import load_weights
+    from stvit_jax.checkpoints.fit import load_weights
     from stvit_jax.errors import UserError
     from stvit_jax.models.stvit import create_model, list_models
 

@@ -1,109 +1,138 @@
-"""The flags of `train.py`; a mistake in them is one line that names the field and the remedy."""
+"""The command lines of this project: one way to end them, and config files with overrides.
 
+A mistake is one line that names the field or the file and the remedy.
+"""
+
+import argparse
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from stvit_jax import config as configs
-from stvit_jax.errors import UserError, did_you_mean
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:ARG]")
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of checkpoints and metrics")
+from stvit_jax.config import field_names
+from stvit_jax.console import warn
+from stvit_jax.errors import UserError, did_you_mean, one_line, reason
 
 
-def run(act: Callable[[ConfigDict, Path], int]) -> None:
-    """Parses the command line, calls `act` and exits with its code, or 1 after a `UserError`."""
-
-    def guarded(inner: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
-        def outer(argv: list[str]) -> Any:
-            try:
-                return inner(argv)
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-                sys.exit(1)
-
-        return outer
-
-    app.run(
-        guarded(lambda _: act(_CONFIG.value, Path(_WORKDIR.value).expanduser().absolute())),
-        flags_parser=guarded(parse),
-    )
+def entry(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a command to its exit code: what `main` returns (None: 0), or 1 after one line."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        warn(f"error: {error}")
+        code = 1
+    except OSError as error:  # of the system, and nobody below knew more about it
+        where = f"{one_line(error.filename)}: " if error.filename else ""
+        warn(f"error: {where}{reason(error)}")
+        code = 1
+    sys.exit(code)
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Absl's parsing of the flags; returns what is left.
+def train(argv: Sequence[str], usage: str) -> tuple[ConfigDict, Path]:
+    """The flags of `train.py`: the config, and the absolute workdir.
 
     Raises:
       UserError: a mistake in the command line or in the config file that it names.
     """
-    rest = read_config(flags.FLAGS, argv)
-    if flags.FLAGS["config"].value is None or flags.FLAGS.workdir is None:
+    parser = _parser("train.py", usage)
+    parser.add_argument("--config", metavar="configs/NAME.py[:ARG]")
+    parser.add_argument("--workdir", metavar="DIR", help="of checkpoints and metrics")
+    known, rest = parser.parse_known_args(argv)
+    if not known.config or known.workdir is None:
         raise UserError("write: python train.py --config configs/NAME.py --workdir DIR")
-    if flags.FLAGS["verbosity"].using_default_value:
-        logging.set_verbosity(logging.WARNING)  # libraries log dozens of lines of information
-    if len(rest) > 1:
-        raise UserError(f"{rest[1]!r} is no flag; write --config.FIELD=VALUE")
-    return rest
+    return read_config(known.config, rest), local_path("--workdir", known.workdir)
 
 
-def read_config(values: flags.FlagValues, argv: list[str]) -> list[str]:
-    """Parses flags of which one, `config`, is a config file with overrides; returns what is left.
+def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
+    """A config file (`configs/NAME.py[:ARG]`) with `--config.FIELD=VALUE` applied.
 
     Raises:
-      UserError: as `parse`.
+      UserError: there is no such file, field or value; or something else was written.
     """
-    _check_config_file(argv)
+    file = path.split(":")[0]
+    if not Path(file).is_file():  # ml_collections fails at the first use only
+        known = ", ".join(sorted(map(str, Path("configs").glob("[!_]*.py"))))
+        raise UserError(f"there is no config {file!r}; here are: {known or 'none'}")
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    arguments = [sys.argv[0], f"--config={path}", *overrides]
+    before, sys.argv = sys.argv, arguments  # where config_flags looks for the overrides
     try:
-        rest = values(argv)
+        rest = values(arguments)
     except Exception as error:  # ml_collections lets whatever it meets through
-        raise UserError(_explain(argv, error)) from error
-    if (config := values["config"].value) is not None:
-        # A shell leaves the ~ of --config.data.dir=~/data as it is.
-        config.data.dir = os.path.expanduser(config.data.dir)
-        config.init_from = os.path.expanduser(config.init_from)
-    return rest
+        raise UserError(_explain(overrides, error)) from error
+    finally:
+        sys.argv = before
+    if len(rest) > 1:
+        raise UserError(f"{one_line(rest[1])!r} is no flag; write --config.FIELD=VALUE")
+    config = holder.value
+    # A shell leaves the ~ of --config.data.dir=~/data as it is.
+    config.data.dir = os.path.expanduser(config.data.dir)
+    config.init_from = os.path.expanduser(config.init_from)
+    return config
 
 
-def _check_config_file(argv: list[str]) -> None:
-    """Ml_collections takes a missing file for a config, and fails at its first use."""
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-        if match := re.match(r"--?config(?:=(.*))?\Z", argument):
-            path = (match.group(1) or following).split(":")[0]
-            if not Path(path).is_file():
-                known = ", ".join(sorted(map(str, Path("configs").glob("[!_]*.py"))))
-                raise UserError(f"there is no config {path!r}; here are: {known or 'none'}")
+def local_path(flag: str, text: str) -> Path:
+    """An absolute path of the local file system.
+
+    Raises:
+      UserError: it is empty, or an address of something else.
+    """
+    if not text.strip():
+        raise UserError(f"{flag} is empty: name a folder (is a variable of your shell unset?)")
+    if re.match(r"[A-Za-z][\w+.-]*://", text):
+        raise UserError(
+            f"{flag} {one_line(text)}: buckets are not supported yet; use a local folder, or mount "
+            "the bucket"
+        )
+    return Path(text).expanduser().absolute()
 
 
-def _explain(argv: list[str], error: Exception) -> str:
-    for argument in argv:
-        if match := re.match(r"--?(?:no)?config\.([\w.]+)", argument):
-            if unknown := _unknown_field(match.group(1)):
-                return unknown
-    lines = str(error).strip().splitlines()
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help says what there is")
+
+
+def _parser(program: str, usage: str) -> argparse.ArgumentParser:
+    return _Parser(
+        prog=program,
+        description=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def parser(module: str, usage: str) -> argparse.ArgumentParser:
+    """For `python -m MODULE`: its docstring as help, mistakes as UserError."""
+    return _parser(f"python -m {module}", usage)
+
+
+def _explain(overrides: Sequence[str], error: Exception) -> str:
+    known = field_names()
+    for argument in overrides:
+        name = re.sub(r"^--?(no)?", "", argument).split("=")[0]
+        if name.startswith("config."):
+            field = name.removeprefix("config.")
+            if field not in known:
+                hint = did_you_mean(name, [f"config.{f}" for f in known], cutoff=0.4)
+                return (
+                    f"there is no field {one_line(name)}; {hint}stvit_jax/config.py lists all "
+                    "fields"
+                )
+        elif argument.startswith("-") and (near := _field_like(name, known)):
+            return f"there is no flag --{name}; write --config.{near}=VALUE"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     if "Traceback" in str(error):  # of the config file; its last line says what is wrong
-        reason = lines[-1].strip().removeprefix("stvit_jax.errors.UserError: ")
-        return f"{lines[0].split(': Error whilst')[0]}: {reason}"
-    return " ".join(lines)
+        why = lines[-1].strip().removeprefix("stvit_jax.errors.UserError: ")
+        return f"{lines[0].split(': Error whilst')[0]}: {one_line(why)}"
+    return one_line(" ".join(lines))
 
 
-def _unknown_field(field: str) -> str | None:
-    known = _fields(configs.base())
-    if field in known:
-        return None
-    hint = did_you_mean(f"config.{field}", [f"config.{name}" for name in known])
-    return f"there is no field config.{field}; {hint}stvit_jax/config.py lists all fields"
-
-
-def _fields(config: ConfigDict, prefix: str = "") -> list[str]:
-    names = []
-    for name in config:
-        value = config[name]
-        nested = _fields(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else []
-        names += nested or [prefix + name]
-    return names
+def _field_like(name: str, known: Sequence[str]) -> str | None:
+    """The field that a flag without `config.` stands for."""
+    return next((f for f in known if name in (f, f.split(".")[-1])), None)

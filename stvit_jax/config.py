@@ -1,17 +1,17 @@
-"""The base config of every run, and its validation with remedies; knows nothing of devices.
+"""What a run is: every field with its default, the published recipes, validation with remedies.
 
-A file in `configs/` takes `base()`, changes what differs, and locks the result.
+A file in `configs/` takes `base()` or `imagenet(arg)`, changes what differs, and locks the result.
+Nothing here knows of devices, data or networks.
 """
 
 import json
-import math
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
-from stvit_jax.errors import UserError
-from stvit_jax.models.stvit import create_model
+from stvit_jax.errors import UserError, listing, one_line
 
 # What may differ between a run and its continuation; everything else makes another recipe.
 _MAY_DIFFER = (
@@ -29,6 +29,7 @@ _MAY_DIFFER = (
 def base() -> ConfigDict:
     """The published 224 recipe without a data set; every field that a command line can override."""
     config = ConfigDict()
+    config.task = "classification"
 
     config.model = ConfigDict()
     config.model.name = "stvit_small"
@@ -71,6 +72,7 @@ def base() -> ConfigDict:
     config.drop_path_schedule = ()  # ((epoch, rate), ...): from that epoch on
     config.freeze_batch_norm = False  # fine-tuning: running statistics used and kept, no drop path
     config.dtype = "bfloat16"  # of compute; float32, float64
+    config.deterministic = False  # GPU: runs that repeat bit by bit, see parallel.py
     config.init_from = ""  # .pth, .safetensors, converted directory or workdir to start from
     config.init_from_ema = False  # take its moving average
     config.seed = 0
@@ -84,142 +86,53 @@ def base() -> ConfigDict:
     return config
 
 
-def validate(config: ConfigDict) -> None:
-    """Checks what can be known before any data or device is touched.
+def imagenet(arg: str) -> ConfigDict:
+    """The recipe that a config's argument (`configs/NAME.py:ARG`) stands for, not locked.
+
+    Args:
+      arg: "" for training at 224, "384" for fine-tuning at 384.
 
     Raises:
-      UserError: names the field and the remedy.
+      UserError: any other argument.
     """
-    at_least = {
-        "image_size": 1,
-        "batch_size": 1,
-        "group_size": 0,
-        "epochs": 1,
-        "steps": 0,
-        "learning_rate": 0,
-        "min_learning_rate": 0,
-        "warmup_learning_rate": 0,
-        "warmup_epochs": 0,
-        "weight_decay": 0,
-        "seed": 0,
-        "log_every": 1,
-        "eval_every_epochs": 0,
-        "checkpoint_every": 1,
-        "checkpoint_keep": 1,
-        "data.workers": 0,
-        "data.repeats": 1,
-    }
-    for field, least in at_least.items():
-        if not field_of(config, field) >= least:  # NaN, too
-            _fail(field, field_of(config, field), f"it must be at least {least}")
-    if config.seed >= 2**32:
-        _fail("seed", config.seed, "it must be less than 2**32")
-    for field in ("ema_decay", "label_smoothing", "data.max_bad_fraction"):
-        if not 0 <= field_of(config, field) < 1:
-            _fail(field, field_of(config, field), "it must be in [0, 1)")
-    if not 0 <= config.augment.erasing_probability <= 1:
-        _fail(
-            "augment.erasing_probability",
-            config.augment.erasing_probability,
-            "it must be in [0, 1]",
-        )
-    for field, known in {
-        "dtype": ("bfloat16", "float32", "float64"),
-        "data.source": ("tfds", "folder", "fake"),
-    }.items():
-        if field_of(config, field) not in known:
-            _fail(field, field_of(config, field), f"it must be one of {', '.join(known)}")
-    if config.group_size and config.batch_size % config.group_size:
-        _fail(
-            "batch_size",
-            config.batch_size,
-            f"it must be a multiple of config.group_size {config.group_size} (0: the whole batch)",
-        )
-    if config.warmup_epochs > config.epochs:
-        _fail(
-            "warmup_epochs",
-            config.warmup_epochs,
-            f"it must be at most config.epochs {config.epochs}",
-        )
-    if not all(map(_is_change, config.drop_path_schedule)):
-        _fail(
-            "drop_path_schedule",
-            config.drop_path_schedule,
-            "write ((epoch, rate), ...), such as ((260, 0.6),)",
-        )
-    if not all(isinstance(name, str) for name in config.robustness):
-        _fail("robustness", config.robustness, "write the names of data sets, ('imagenet_a', ...)")
-    values = (config.group_size or config.batch_size) * math.ceil(config.image_size / 32) ** 2
-    if values == 1 and not (config.freeze_batch_norm or config.eval_only):
-        _fail(
-            "image_size",
-            config.image_size,
-            "the last stage has one pixel, and BatchNorm one value in a group; raise "
-            "config.group_size, or config.image_size above 32",
-        )
-    if config.model.in_chans not in (None, 3):
-        _fail("model.in_chans", config.model.in_chans, "pictures are read as RGB; leave it out")
-    model_settings(config)
-
-
-def model_settings(config: ConfigDict) -> dict[str, Any]:
-    """The overrides of `create_model` that the config states.
-
-    Raises:
-      UserError: an unknown model, or settings that do not fit together.
-    """
-    settings = {k: v for k, v in config.model.items() if k != "name" and v is not None}
-    try:
-        create_model(config.model.name, **settings)
-    except UserError as error:
-        raise UserError(f"config.model: {error}") from None
-    return settings
-
-
-def write(config: ConfigDict, path: Path) -> None:
-    """Writes `config.json`."""
-    path.write_text(config.to_json_best_effort(indent=2, sort_keys=True) + "\n")
-
-
-def check_same_recipe(config: ConfigDict, path: Path) -> None:
-    """Compares a config with the `config.json` of the run it is to continue.
-
-    Raises:
-      UserError: another recipe; names the fields with both values.
-    """
-    try:
-        before = _flat(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
+    if arg not in ("", "384"):
         raise UserError(
-            f"{path} cannot be read ({error}); restore it, or start in another --workdir"
-        ) from None
-    now = _flat(json.loads(config.to_json_best_effort()))
-    differing = [
-        f"config.{field} is {now.get(field)!r}, was {before.get(field)!r}"
-        for field in sorted(before.keys() | now.keys())
-        if field not in _MAY_DIFFER and before.get(field) != now.get(field)
-    ]
-    if differing:
-        raise UserError(
-            f"{path.parent} holds a run with another recipe: {'; '.join(differing)}; "
-            "use the same values, or another --workdir"
+            f"config argument {arg!r} is unknown: write configs/NAME.py (training at 224) or "
+            "configs/NAME.py:384 (fine-tuning at 384)"
         )
-
-
-def field_of(config: ConfigDict, name: str) -> Any:
-    """The value of a dotted field name."""
-    for part in name.split("."):
-        config = config[part]
+    config = base()
+    if arg:
+        config.image_size = 384
+        config.epochs = 30
+        config.batch_size = 512
+        config.group_size = 64
+        config.learning_rate = 5e-6
+        config.min_learning_rate = 5e-6
+        config.warmup_epochs = 0
+        config.weight_decay = 1e-8
+        config.freeze_batch_norm = True  # inference mode: drop path is off, too
     return config
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
+class Check(NamedTuple):
+    """What a field must be: a test of (its value, the config), and the words for when it fails."""
+
+    field: str
+    test: Callable[[Any, ConfigDict], bool]
+    remedy: str  # may name other fields: {batch_size}
+
+
+def _at_least(least: float, *fields: str) -> list[Check]:
+    # NaN fails, too.
+    return [Check(f, lambda v, _: v >= least, f"it must be at least {least}") for f in fields]
+
+
+def _share(*fields: str) -> list[Check]:
+    return [Check(f, lambda v, _: 0 <= v < 1, "it must be in [0, 1)") for f in fields]
+
+
+def _one_of(field: str, *known: str) -> Check:
+    return Check(field, lambda v, _: v in known, f"it must be one of {', '.join(known)}")
 
 
 def _is_change(change: Any) -> bool:
@@ -230,5 +143,122 @@ def _is_change(change: Any) -> bool:
     return type(epoch) is int and epoch >= 0 and isinstance(rate, int | float) and 0 <= rate < 1
 
 
-def _fail(field: str, value: Any, remedy: str) -> None:
-    raise UserError(f"config.{field} is {value!r}: {remedy}")
+def _is_local(path: str, _: ConfigDict) -> bool:
+    return not re.match(r"[A-Za-z][\w+.-]*://", path)
+
+
+_LOCAL = "buckets are not supported yet; mount it, or copy it to a local disk"
+
+CHECKS: tuple[Check, ...] = (
+    _one_of("task", "classification"),
+    *_at_least(1, "image_size", "batch_size", "epochs", "log_every"),
+    *_at_least(1, "checkpoint_every", "checkpoint_keep", "data.repeats"),
+    *_at_least(0, "group_size", "steps", "warmup_epochs", "seed", "eval_every_epochs"),
+    *_at_least(0, "learning_rate", "min_learning_rate", "warmup_learning_rate", "weight_decay"),
+    *_at_least(0, "data.workers"),
+    Check("seed", lambda v, _: v < 2**32, "it must be less than 2**32"),
+    *_share("ema_decay", "label_smoothing", "data.max_bad_fraction"),
+    Check("augment.erasing_probability", lambda v, _: 0 <= v <= 1, "it must be in [0, 1]"),
+    _one_of("dtype", "bfloat16", "float32", "float64"),
+    _one_of("data.source", "tfds", "folder", "fake"),
+    Check("data.dir", _is_local, _LOCAL),
+    Check("init_from", _is_local, _LOCAL),
+    Check(
+        "batch_size",
+        lambda v, c: not c.group_size or v % c.group_size == 0,
+        "it must be a multiple of config.group_size {group_size} (0: the whole batch)",
+    ),
+    Check(
+        "warmup_epochs",
+        lambda v, c: v <= c.epochs,
+        "it must be at most config.epochs {epochs}",
+    ),
+    Check(
+        "drop_path_schedule",
+        lambda v, _: all(map(_is_change, v)),
+        "write ((epoch, rate), ...), such as ((260, 0.6),)",
+    ),
+    Check(
+        "robustness",
+        lambda v, _: all(isinstance(name, str) for name in v),
+        "write the names of data sets, ('imagenet_a', ...)",
+    ),
+    Check("model.in_chans", lambda v, _: v in (None, 3), "pictures are read as RGB; leave it out"),
+)
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks what can be known before any data or device is touched.
+
+    Raises:
+      UserError: names the field and the remedy.
+    """
+    values = _flat(config.to_dict())
+    for check in CHECKS:
+        value = values[check.field]
+        if not check.test(value, config):
+            remedy = check.remedy.format_map(values)
+            raise UserError(f"config.{check.field} is {one_line(repr(value))}: {remedy}")
+
+
+def model_settings(config: ConfigDict) -> dict[str, Any]:
+    """The overrides of `create_model` that the config states."""
+    return {k: v for k, v in config.model.items() if k != "name" and v is not None}
+
+
+def to_json(config: ConfigDict) -> str:
+    """What `config.json` of a workdir holds."""
+    return config.to_json_best_effort(indent=2, sort_keys=True) + "\n"
+
+
+def check_same_recipe(config: ConfigDict, before: str, where: str) -> None:
+    """Compares a config with that of the run it is to continue.
+
+    A field that the run's version did not have yet counts as its default.
+
+    Args:
+      config: of now.
+      before: what `to_json` wrote when the run began.
+      where: what messages call it.
+
+    Raises:
+      UserError: another recipe; names the fields with both values. Or `before` is no such text.
+    """
+    try:
+        then = _flat(json.loads(before))
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise UserError(
+            f"{where} cannot be read ({one_line(error)}); restore it, or start in another --workdir"
+        ) from None
+    now = _flat(json.loads(to_json(config)))
+    then = _flat(json.loads(to_json(base()))) | then
+    differing = [
+        f"config.{field} is {now.get(field)!r}, was {then.get(field)!r}"
+        for field in sorted(then.keys() | now.keys())
+        if field not in _MAY_DIFFER and then.get(field) != now.get(field)
+    ]
+    if differing:
+        raise UserError(
+            f"{where} is of a run with another recipe: {listing(differing)}; use the same values, "
+            "or another --workdir"
+        )
+
+
+def field_of(config: ConfigDict, name: str) -> Any:
+    """The value of a dotted field name."""
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def field_names() -> list[str]:
+    """The dotted names of all fields."""
+    return list(_flat(base().to_dict()))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping)
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat

@@ -1,38 +1,33 @@
 """python -m stvit_jax.contact_sheet CONFIG --output PNG: what training sees, as one picture.
 
 CONFIG is written as for train.py, and `--config.FIELD=VALUE` overrides work here, too. The pictures
-come through the real loader and the real augmentation of the first step of a small batch: three
-groups of six images. A row is one slot of each group, so with repeated augmentation its three
-pairs are three copies of one image; a pair is the image as the host cut it, and after the device
-augmentation, with the labels it is trained on.
+come through the real loader and the real task of a small batch's first step: three groups of six
+images. A row is one slot of each group, so with repeated augmentation its three pairs are three
+copies of one image; a pair is the image as the host cut it, and after the device augmentation, with
+the labels it is trained on.
 """
 
-import argparse
-import sys
-from pathlib import Path
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
-from stvit_jax import command_line
-from stvit_jax import config as configs
-from stvit_jax.augment import augment_batch
+from stvit_jax import command_line, tasks
+from stvit_jax.config import validate
+from stvit_jax.console import say
 from stvit_jax.data.loader import train_batches
-from stvit_jax.data.normalization import MEAN, STD
 from stvit_jax.data.order import Order
-from stvit_jax.data.sources import open_source
-from stvit_jax.errors import UserError
-from stvit_jax.training import step as training
+from stvit_jax.errors import UserError, reason
+from stvit_jax.training.task import Picture
 
 GROUPS, GROUP_SIZE = 3, 6
 TILE = 160  # pixels of a picture's side on the sheet
 GAP = 6
 LINE = 15  # height of a line of text
-
-Captions = list[list[str]]  # lines of text, by image
 
 
 def contact_sheet(config: ConfigDict) -> Image.Image:
@@ -41,34 +36,22 @@ def contact_sheet(config: ConfigDict) -> Image.Image:
     Raises:
       UserError: a mistake in the config or the data.
     """
-    configs.validate(config)
-    source = open_source(config.data.source, config.data.name, config.data.dir, train=True)
     count = GROUPS * GROUP_SIZE
-    if len(source) < count:
-        raise UserError(f"{source.name} has {len(source)} images, and the sheet shows {count}")
-    order = Order(len(source), count, GROUP_SIZE, config.data.repeats, seed=config.seed)
-    batches = train_batches(source, order, image_size=config.image_size, flip=config.data.flip)
-    batch = next(batches)
-    batches.close()
-    images, targets = augment_batch(
-        training.step_keys(config.seed, 0)[0],
-        batch["image"],
-        batch["label"],
-        num_classes=source.num_classes,
-        group_size=GROUP_SIZE,
-        label_smoothing=config.label_smoothing,
-        **config.augment,
-    )
-    after = np.clip((np.asarray(images) * STD + MEAN) * 255 + 0.5, 0, 255).astype(np.uint8)
-    names = source.class_names
-    labels = [_labels(target, names, config.label_smoothing) for target in np.asarray(targets)]
-    return _draw(batch["image"], after, [[names[label]] for label in batch["label"]], labels)
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.batch_size, config.group_size, config.eval_only = count, GROUP_SIZE, False
+    validate(config)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))
+    task = tasks.build(config, mesh)
+    order = Order(len(task.train.source), count, GROUP_SIZE, config.data.repeats, seed=config.seed)
+    with contextlib.closing(train_batches(task.train, order)) as batches:
+        batch = next(batches)
+    first_step = jax.random.fold_in(jax.random.key(config.seed), 0)
+    return _draw(task.sheet(batch, first_step))
 
 
-def _draw(
-    before: np.ndarray, after: np.ndarray, labels_before: Captions, labels_after: Captions
-) -> Image.Image:
-    """Rows of slots, a pair of pictures (before, after) of each group; uint8 (B, S, S, 3)."""
+def _draw(pairs: list[list[Picture]]) -> Image.Image:
+    """Rows of slots, a pair of pictures (before, after) of each group."""
     pair = 2 * TILE + 2 * GAP
     row = TILE + 2 * LINE + GAP
     sheet = Image.new(
@@ -81,22 +64,13 @@ def _draw(
         draw.text((left, GAP), f"group {group + 1}: before", "black", font)
         draw.text((left + TILE + GAP, GAP), "after", "black", font)
         for slot in range(GROUP_SIZE):
-            at = group * GROUP_SIZE + slot
             top = LINE + 2 * GAP + slot * row
-            for pixels, caption in (
-                (before[at], labels_before[at]),
-                (after[at], labels_after[at]),
-            ):
-                sheet.paste(_tile(pixels), (left, top))
+            for column, (pixels, caption) in enumerate(pairs[group * GROUP_SIZE + slot]):
+                at = left + column * (TILE + GAP)
+                sheet.paste(_tile(pixels), (at, top))
                 for number, line in enumerate(caption):
-                    draw.text(
-                        (left, top + TILE + number * LINE),
-                        _shorten(line, draw, font),
-                        "black",
-                        font,
-                    )
-                left += TILE + GAP
-            left -= 2 * (TILE + GAP)
+                    text = _shorten(line, draw, font)
+                    draw.text((at, top + TILE + number * LINE), text, "black", font)
     return sheet
 
 
@@ -107,12 +81,6 @@ def _tile(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels).resize((TILE, TILE), how)
 
 
-def _labels(target: np.ndarray, names: tuple[str, ...], label_smoothing: float) -> list[str]:
-    """The one or two labels that weigh more than the smoothing gives to all, heaviest first."""
-    own = np.flatnonzero(target > label_smoothing / len(target) + 1e-6)
-    return [f"{names[i]}: {target[i]:.2f}" for i in sorted(own, key=lambda i: -target[i])]
-
-
 def _shorten(text: str, draw: ImageDraw.ImageDraw, font: Any) -> str:
     """`text` cut to the width of a tile."""
     while draw.textlength(text, font) > TILE:
@@ -120,38 +88,23 @@ def _shorten(text: str, draw: ImageDraw.ImageDraw, font: Any) -> str:
     return text
 
 
-def _parse() -> tuple[ConfigDict, Path]:
-    parser = argparse.ArgumentParser(
-        prog="python -m stvit_jax.contact_sheet", description=__doc__.splitlines()[0]
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = command_line.parser("stvit_jax.contact_sheet", __doc__)
     parser.add_argument("config", help="configs/NAME.py[:ARG]")
-    parser.add_argument("--output", required=True, type=Path, help="the PNG to write")
-    known, overrides = parser.parse_known_args()
-    values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", flag_values=values)
-    rest = command_line.read_config(
-        values, ["contact_sheet", f"--config={known.config}", *overrides]
-    )
-    if rest[1:]:
-        parser.error(f"unrecognized argument {rest[1]!r}")
-    if not known.output.parent.is_dir():
-        raise UserError(f"{known.output.parent} does not exist: create it, or correct --output")
-    return config.value, known.output
-
-
-def main() -> None:
-    """Writes the sheet; ends the program with one line where the user made a mistake."""
-    try:
-        config, output = _parse()
-        sheet = contact_sheet(config)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    parser.add_argument("--output", required=True, help="the PNG to write")
+    known, overrides = parser.parse_known_args(argv)
+    config = command_line.read_config(known.config, overrides)
+    output = command_line.local_path("--output", known.output)
+    if not output.parent.is_dir():
+        raise UserError(f"{output.parent} does not exist: create it, or correct --output")
+    sheet = contact_sheet(config)
     try:
         sheet.save(output, "PNG")
     except OSError as error:
-        sys.exit(f"error: {output} cannot be written: {error.strerror}")
-    print(f"{output}: {GROUPS * GROUP_SIZE} images before and after augmentation")
+        raise UserError(f"{output} cannot be written: {reason(error)}") from error
+    say(f"{output}: {GROUPS * GROUP_SIZE} images before and after augmentation")
 
 
 if __name__ == "__main__":
-    main()
+    command_line.entry(main)

@@ -15,6 +15,10 @@ class UserError(ValueError):
     """
 
 
+class Interrupted(Exception):
+    """Whoever waits has been asked to stop, and what was waited for never came."""
+
+
 def one_line(what: object, longest: int = LONGEST) -> str:
     """What an exception says, or a value's text, as one printable line of bounded length.
 

@@ -1,19 +1,65 @@
-"""The mesh of devices: one axis, "data". State is replicated, batches are split by image."""
+"""Devices: what has to be set before they are touched, and the mesh over all of them.
 
-import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+The mesh has one axis, "data". State is replicated, batches are split by example.
+"""
 
-from stvit_jax.errors import UserError
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stvit_jax.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding
+
+
+def prepare(*, x64: bool, deterministic: bool, workdir: Path) -> None:
+    """Sets what JAX reads once, before it looks for devices.
+
+    Args:
+      x64: whether arrays may have 64 bits.
+      deterministic: on a GPU, leave out operations whose result depends on the order of threads,
+        and keep the choices of autotuning in the workdir, so that a restart makes the same. CPU and
+        TPU repeat bit by bit as they are.
+      workdir: of the run.
+
+    Raises:
+      UserError: JAX is told not to compile.
+    """
+    import jax
+
+    if jax.config.jax_disable_jit:
+        raise UserError("JAX_DISABLE_JIT is set, and training needs compiled steps: unset it")
+    jax.config.update("jax_enable_x64", x64)
+    if deterministic:
+        flags = (
+            "--xla_gpu_exclude_nondeterministic_ops=true",
+            f"--xla_gpu_per_fusion_autotune_cache_dir={workdir / 'autotuning'}",
+        )
+        os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
 
 
 def make_mesh(batch_size: int) -> Mesh:
     """All devices of all processes in a row.
 
     Raises:
-      UserError: `batch_size` images cannot be split evenly over them.
+      UserError: there are none, or `batch_size` examples cannot be split evenly over them.
     """
-    devices = jax.devices()
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh
+
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:  # of a platform that was asked for and is not there
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(
+            f"there are no devices for JAX_PLATFORMS={asked!r} ({one_line(error)}): unset it, or "
+            'install what it needs: pip install "jax[cuda12]" or "jax[tpu]"'
+        ) from error
     if batch_size % len(devices):
         raise UserError(
             f"config.batch_size {batch_size} is not divisible by the {len(devices)} devices; "
@@ -24,15 +70,24 @@ def make_mesh(batch_size: int) -> Mesh:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
+    from jax.sharding import NamedSharding, PartitionSpec
+
     return NamedSharding(mesh, PartitionSpec())
 
 
 def by_image(mesh: Mesh) -> NamedSharding:
     """The leading axis split over the devices."""
+    from jax.sharding import NamedSharding, PartitionSpec
+
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def own_slots(batch_size: int) -> slice:
-    """The part of a global batch that this process loads: its devices are neighbours."""
-    share = batch_size // jax.process_count()
-    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+def own_slots(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """The positions of a global batch that this process loads, ascending: those of its devices.
+
+    JAX does not promise that the devices of a process are neighbours.
+    """
+    import numpy as np
+
+    slices = by_image(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[part] for (part,) in slices]))

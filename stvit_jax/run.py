@@ -1,6 +1,8 @@
-"""The order of work behind `train.py`: config, data, network, state, loop."""
+"""The order of work behind `train.py`: config, task, state, loop."""
 
 import contextlib
+import dataclasses
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -10,32 +12,38 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from stvit_jax import config as configs
-from stvit_jax import parallel, schedules
-from stvit_jax.augment import augment_batch
+from stvit_jax import parallel, schedules, tasks
 from stvit_jax.checkpoints import weights
 from stvit_jax.checkpoints.manager import Checkpoints
-from stvit_jax.console import say
+from stvit_jax.config import check_same_recipe, to_json, validate
+from stvit_jax.console import say, warn
+from stvit_jax.data.examples import batch_spec
 from stvit_jax.data.loader import eval_batches, train_batches
 from stvit_jax.data.order import Order
 from stvit_jax.data.prefetch import DevicePrefetch, device_prefetch
-from stvit_jax.data.sources import Source, open_source
-from stvit_jax.errors import UserError
-from stvit_jax.models.stvit import STViT, create_model
-from stvit_jax.tasks import robustness
-from stvit_jax.training import loop, optimizer
-from stvit_jax.training import step as training
-from stvit_jax.training.evaluation import describe, evaluate, read_variables
-from stvit_jax.training.metrics import MetricWriter
+from stvit_jax.errors import Interrupted, UserError, listing
+from stvit_jax.models.settings import UNOPTIMIZED
+from stvit_jax.training import loop, optimizer, workdir
+from stvit_jax.training.evaluation import AVERAGED, RAW, describe, evaluate
+from stvit_jax.training.meter import Meter, Plan
+from stvit_jax.training.metrics import MetricWriter, keep_lines
 from stvit_jax.training.signals import STOPPED, Stop
-from stvit_jax.training.workdir import make_workdir
+from stvit_jax.training.step import (
+    TrainState,
+    abstract_batch,
+    compile_step,
+    init_state,
+    make_train_step,
+)
+from stvit_jax.training.task import Evaluation, Metrics, Task, Variables
 
 
-def run(config: ConfigDict, workdir: Path, stop: Stop) -> int:
-    """Trains, or evaluates, as the config says.
+def run(config: ConfigDict, where: Path, stop: Stop) -> int:
+    """Trains, or evaluates, as the config says, in the folder `where`.
 
     Returns:
       The exit code: 0 done, 75 stopped early.
@@ -43,241 +51,306 @@ def run(config: ConfigDict, workdir: Path, stop: Stop) -> int:
     Raises:
       UserError: a mistake in the config, the data or the workdir.
     """
-    configs.validate(config)
-    if config.dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
-    if config.robustness:
-        return robustness.run(config, workdir, stop)
+    validate(config)
+    x64 = config.dtype == "float64"
+    parallel.prepare(x64=x64, deterministic=config.deterministic, workdir=where)
     mesh = parallel.make_mesh(config.batch_size)
-    open_split = partial(open_source, config.data.source, config.data.name, config.data.dir)
-    eval_source = open_split(train=False)
-    model = _model(config, eval_source)
-    if config.eval_only:  # sets that only test (imagenet_v2) have no other split
-        return _evaluate(config, workdir, model, eval_source, mesh, stop)
-    return _train(config, workdir, model, open_split(train=True), eval_source, mesh, stop)
+    task = tasks.build(config, mesh)
+    evaluator = Evaluator(task.evaluations, config, mesh, stop)
+    if config.eval_only:
+        return _evaluate(config, where, task, evaluator, mesh)
+    return _train(config, where, task, evaluator, mesh, stop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plans:
+    """What is decided before anything runs: which images, when what happens, how it learns."""
+
+    order: Order
+    plan: Plan
+    learning_rate: schedules.Schedule
+    tx: optax.GradientTransformation
+
+    @classmethod
+    def of(cls, config: ConfigDict, task: Task) -> "Plans":
+        """Those of a config.
+
+        Raises:
+          UserError: the data set is smaller than a batch.
+        """
+        images, batch_size = len(task.train.source), config.batch_size
+        order = Order(images, batch_size, config.group_size, config.data.repeats, config.seed)
+        steps_per_epoch = order.steps_per_epoch
+        plan = Plan(
+            steps=min(config.epochs * steps_per_epoch, config.steps or sys.maxsize),
+            steps_per_epoch=steps_per_epoch,
+            batch_size=batch_size,
+            log_every=config.log_every,
+            evaluate_every=config.eval_every_epochs * steps_per_epoch,
+            checkpoint_every=config.checkpoint_every,
+            max_bad_fraction=config.data.max_bad_fraction,
+        )
+        learning_rate = schedules.learning_rate(
+            config.learning_rate * batch_size / 512,
+            config.min_learning_rate,
+            config.warmup_learning_rate,
+            config.warmup_epochs,
+            config.epochs,
+            steps_per_epoch,
+        )
+        tx = optimizer.adamw(learning_rate, config.weight_decay)
+        return cls(order, plan, learning_rate, tx)
+
+
+class Evaluator:
+    """Evaluates a task's sets; every program is compiled once."""
+
+    def __init__(
+        self, evaluations: tuple[Evaluation, ...], config: ConfigDict, mesh: Mesh, stop: Stop
+    ) -> None:
+        self._evaluations, self._config, self._mesh, self._stop = evaluations, config, mesh, stop
+        self._compiled: dict[Callable, Callable] = {}
+
+    def compile(self, variables: Variables) -> None:
+        """Compiles all programs, where that is to be done ahead of the first evaluation."""
+        for evaluation in self._evaluations:
+            if evaluation.measure not in self._compiled:
+                start = time.monotonic()
+                batch = abstract_batch(batch_spec(evaluation.examples), self._config.batch_size)
+                self._compiled[evaluation.measure] = compile_step(
+                    evaluation.measure, variables, batch, mesh=self._mesh, donate=False
+                )
+                say(f"compiled the evaluation step in {time.monotonic() - start:.0f} s")
+
+    def __call__(self, variables: dict[str, Variables]) -> Metrics:
+        """The metrics of all sets, for each suffix of `variables`.
+
+        Raises:
+          Interrupted: it was to stop.
+          UserError: as `evaluate`.
+        """
+        self.compile(variables[RAW])
+        metrics: Metrics = {}
+        for evaluation in self._evaluations:
+            with contextlib.closing(self._batches(evaluation)) as batches:
+                metrics |= evaluate(
+                    evaluation,
+                    self._compiled[evaluation.measure],
+                    variables,
+                    batches,
+                    lambda: self._stop.requested,
+                )
+            if len(self._evaluations) > 1:
+                say(describe(evaluation, metrics))
+        return metrics
+
+    def describe(self, metrics: Metrics) -> str:
+        """All of it in words."""
+        return "; ".join(filter(None, (describe(e, metrics) for e in self._evaluations)))
+
+    def _batches(self, evaluation: Evaluation) -> DevicePrefetch:
+        batches = eval_batches(
+            evaluation.examples,
+            batch_size=self._config.batch_size,
+            slots=parallel.own_slots(self._config.batch_size, self._mesh),
+            workers=self._config.data.workers,
+        )
+        return _prefetched(batches, self._mesh, self._stop)
 
 
 def _train(
-    config: ConfigDict,
-    workdir: Path,
-    model: STViT,
-    train_source: Source,
-    eval_source: Source,
-    mesh: Mesh,
-    stop: Stop,
+    config: ConfigDict, where: Path, task: Task, evaluator: Evaluator, mesh: Mesh, stop: Stop
 ) -> int:
-    order = Order(
-        len(train_source), config.batch_size, config.group_size, config.data.repeats, config.seed
-    )
-    plan = _plan(config, order.steps_per_epoch)
-    learning_rate = _learning_rate(config, order.steps_per_epoch)
-    tx = optimizer.adamw(learning_rate, config.weight_decay)
-    _open_workdir(config, workdir)
+    plans = Plans.of(config, task)
+    plan = plans.plan
+    _open_workdir(config, where, task)
     say(
-        f"{config.model.name} on {mesh.size} x {mesh.devices.flat[0].device_kind}; "
-        f"{train_source.name}: {len(train_source)} images to train on, {len(eval_source)} to "
-        f"evaluate on; workdir {workdir}"
+        f"{task.what} on {mesh.size} x {mesh.devices.flat[0].device_kind}; "
+        f"{task.train.source.name}: {len(task.train.source)} images to train on, "
+        f"{sum(len(e.examples.source) for e in task.evaluations)} to evaluate on; workdir {where}"
     )
     with contextlib.ExitStack() as stack:
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint_keep)
+        checkpoints = Checkpoints(where / "checkpoints", keep=config.checkpoint_keep)
         stack.callback(checkpoints.close)
-        create = partial(
-            training.init_state, model, tx, image_size=config.image_size, ema=config.ema_decay > 0
-        )
-        state = _state(config, model, create, checkpoints, mesh)
+        create = partial(init_state, task.init, plans.tx, ema=config.ema_decay > 0)
+        state, notes = _state(config, task, create, checkpoints, mesh)
         step = int(state.step)
-        writer = MetricWriter(workdir, step)
-        stack.callback(writer.close)
-        if loop.is_done(plan, step, writer):
-            say(f"nothing left to do: {_result(step, plan, writer, workdir)}")
+        done = workdir.Evaluations(where)
+        done.forget_after(step)
+        evaluated = done.of(step) is not None
+        if step > plan.steps or (step == plan.steps and evaluated):
+            say(f"nothing left to do: {_result(step, plan, done, evaluator, where)}")
             return 0
+        keep_lines(where, step, evaluated)
+        writer = MetricWriter(where)
+        stack.callback(writer.close)
         # From here on images are loaded, while the programs are being compiled.
-        batches = device_prefetch(
+        batches = _prefetched(
             train_batches(
-                train_source, order, flip=config.data.flip, start=step, **_loading(config)
+                task.train,
+                plans.order,
+                start=step,
+                slots=parallel.own_slots(config.batch_size, mesh),
+                workers=config.data.workers,
             ),
-            parallel.by_image(mesh),
+            mesh,
+            stop,
         )
         stack.callback(batches.close)
-        eval_step = _compile(training.make_eval_step(model), state.variables, config, mesh)
+        evaluator.compile(state.variables)
 
-        def evaluate_now(state: training.TrainState) -> dict[str, float] | None:
-            variables = {"eval": state.variables} | ({"eval_ema": state.ema} if state.ema else {})
-            with contextlib.closing(_eval_loader(config, eval_source, mesh)) as loader:
-                return evaluate(eval_step, variables, loader, len(eval_source), stop)
+        def evaluate_now(step: int, state: TrainState) -> None:
+            averaged = {AVERAGED: state.ema} if state.ema else {}
+            metrics = evaluator({RAW: state.variables} | averaged)
+            writer.write(step, plan.epoch(step), metrics)
+            done.add(step, metrics)
+            say(f"step {step}/{plan.steps}: {evaluator.describe(metrics)}")
 
-        train_step = training.make_train_step(
-            model,
-            tx,
-            seed=config.seed,
-            augment=_augmentation(config, model.num_classes, mesh),
-            drop_path=schedules.drop_path(
-                config.model.drop_path_rate,
-                config.drop_path_schedule,
-                config.epochs,
-                order.steps_per_epoch,
-            ),
-            ema_decay=config.ema_decay,
-            freeze_batch_norm=config.freeze_batch_norm,
-        )
+        key = jax.device_put(jax.random.key(config.seed), parallel.replicated(mesh))
+        train_step = make_train_step(task.objective, plans.tx, config.ema_decay)
         step = loop.train(
             state,
             batches,
             plan=plan,
-            train_step=_compile(train_step, state, config, mesh, train=True),
-            learning_rate=learning_rate,
+            train_step=_compile_train_step(train_step, state, task, key, config, mesh),
+            key=key,
             evaluate=evaluate_now,
-            writer=writer,
+            evaluated=evaluated,
+            meter=Meter(plan, plans.learning_rate, writer, notes),
             checkpoints=checkpoints,
             stop=stop,
         )
-        if not loop.is_done(plan, step, writer):
-            say(f"stopped at step {step} of {plan.steps}, saved; the same command continues")
-            return STOPPED
-        say(f"done: {_result(step, plan, writer, workdir)}")
-        return 0
-
-
-def _evaluate(
-    config: ConfigDict, workdir: Path, model: STViT, source: Source, mesh: Mesh, stop: Stop
-) -> int:
-    """Evaluates `init_from`, or the newest checkpoint of the workdir, raw and EMA; only reads."""
-    path = Path(config.init_from or workdir)
-    variables = {}
-    variables["eval"], found = read_variables(model, path, config.init_from_ema, mesh)
-    if not config.init_from and config.ema_decay:
-        variables["eval_ema"], _ = read_variables(model, path, True, mesh)
-    make_workdir(workdir)
-    say(f"evaluating {found} on {len(source)} images of {source.name}")
-    eval_step = _compile(training.make_eval_step(model), variables["eval"], config, mesh)
-    with contextlib.closing(_eval_loader(config, source, mesh)) as loader:
-        metrics = evaluate(eval_step, variables, loader, len(source), stop)
-    if metrics is None:
+    if step < plan.steps or done.of(step) is None:
+        say(f"stopped at step {step} of {plan.steps}, saved; the same command continues")
         return STOPPED
-    step = int(found.name) if found.name.isdecimal() else 0
-    with contextlib.closing(MetricWriter(workdir)) as writer:
-        epoch = (writer.find(step, "epoch") or {"epoch": 0.0})["epoch"]
-        writer.write(step, epoch, metrics | {"eval_only": True})
-    say(f"evaluated: {describe(metrics)}; see {workdir / 'metrics.jsonl'}")
+    say(f"done: {_result(step, plan, done, evaluator, where)}")
     return 0
 
 
-def _plan(config: ConfigDict, steps_per_epoch: int) -> loop.Plan:
-    return loop.Plan(
-        steps=min(config.epochs * steps_per_epoch, config.steps or sys.maxsize),
-        steps_per_epoch=steps_per_epoch,
-        batch_size=config.batch_size,
-        log_every=config.log_every,
-        evaluate_every=config.eval_every_epochs * steps_per_epoch,
-        checkpoint_every=config.checkpoint_every,
-        max_bad_fraction=config.data.max_bad_fraction,
-    )
+def _evaluate(config: ConfigDict, where: Path, task: Task, evaluator: Evaluator, mesh: Mesh) -> int:
+    """Evaluates `init_from`, or the newest checkpoint of the workdir, raw and EMA; only reads."""
+    path = Path(config.init_from or where)
+    abstract = jax.eval_shape(task.init, jax.random.key(0))
+
+    def adopted(ema: bool) -> tuple[Variables, weights.Weights]:
+        found = weights.read(path, ema)
+        variables = task.adopt(abstract, found, True)
+        return jax.device_put(variables, parallel.replicated(mesh)), found
+
+    variables = {}
+    variables[RAW], found = adopted(config.init_from_ema)
+    if not config.init_from and config.ema_decay:
+        variables[AVERAGED], _ = adopted(True)
+    images = sum(len(e.examples.source) for e in task.evaluations)
+    names = ", ".join(e.examples.source.name for e in task.evaluations)
+    try:
+        workdir.make(where)
+    except UserError as error:  # one that may only be read can be evaluated all the same
+        warn(f"{error}; the result will be on the console only")
+        where = None
+    say(f"evaluating {found.source} on {images} images of {names}")
+    try:
+        metrics = evaluator(variables)
+    except Interrupted:
+        return STOPPED
+    said = f"evaluated: {evaluator.describe(metrics)}"
+    if where is None:
+        say(said)
+        return 0
+    say(f"{said}; see {where / 'metrics.jsonl'}")
+    with contextlib.closing(MetricWriter(where)) as writer:
+        writer.write(found.step or 0, found.epoch or 0.0, metrics, eval_only=True)
+    return 0
 
 
-def _model(config: ConfigDict, source: Source) -> STViT:
-    overrides = configs.model_settings(config)
-    classes = source.num_classes
-    if overrides.setdefault("num_classes", classes) != classes:
-        raise UserError(
-            f"config.model.num_classes is {config.model.num_classes}, but {source.name} has "
-            f"{classes} classes: leave it out, or set {classes}"
-        )
-    return create_model(
-        config.model.name,
-        dtype=jnp.dtype(config.dtype),
-        group_size=config.group_size,
-        **overrides,
-    )
-
-
-def _learning_rate(config: ConfigDict, steps_per_epoch: int) -> schedules.Schedule:
-    return schedules.learning_rate(
-        config.learning_rate * config.batch_size / 512,
-        config.min_learning_rate,
-        config.warmup_learning_rate,
-        config.warmup_epochs,
-        config.epochs,
-        steps_per_epoch,
-    )
-
-
-def _augmentation(config: ConfigDict, num_classes: int, mesh: Mesh) -> training.Augment:
-    return partial(
-        augment_batch,
-        num_classes=num_classes,
-        group_size=config.group_size,
-        label_smoothing=config.label_smoothing,
-        mesh=mesh if mesh.size > 1 else None,
-        **config.augment,
-    )
-
-
-def _loading(config: ConfigDict) -> dict[str, Any]:
-    return dict(
-        image_size=config.image_size,
-        slots=parallel.own_slots(config.batch_size),
-        workers=config.data.workers,
-    )
-
-
-def _eval_loader(config: ConfigDict, source: Source, mesh: Mesh) -> DevicePrefetch:
-    batches = eval_batches(source, batch_size=config.batch_size, **_loading(config))
+def _prefetched(batches: Any, mesh: Mesh, stop: Stop) -> DevicePrefetch:
     return device_prefetch(batches, parallel.by_image(mesh))
 
 
-def _open_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Creates the workdir, or checks that the run in it has this recipe; notes the config."""
-    recipe = workdir / "config.json"
-    if recipe.exists() and any(workdir.glob("checkpoints/[0-9]*")):
-        configs.check_same_recipe(config, recipe)
-    make_workdir(workdir)
-    configs.write(config, recipe)
+def _open_workdir(config: ConfigDict, where: Path, task: Task) -> None:
+    """Creates the workdir, or checks that the run in it has this recipe and these classes."""
+    if workdir.has_checkpoints(where):
+        recipe = where / workdir.CONFIG
+        before = workdir.read_text(recipe)
+        if before is None:
+            raise UserError(
+                f"{where} holds checkpoints, and no {recipe.name} to tell their recipe: bring it "
+                "back, or start another --workdir with --config.init_from of this one"
+            )
+        check_same_recipe(config, before, str(recipe))
+        _check_same_classes(task.classes, workdir.read_text(where / workdir.CLASSES), where)
+    workdir.make(where)
+    workdir.replace(where / workdir.CONFIG, to_json(config))
+    if task.classes:
+        workdir.replace(where / workdir.CLASSES, json.dumps(task.classes, indent=1) + "\n")
+
+
+def _check_same_classes(classes: tuple[str, ...], before: str | None, where: Path) -> None:
+    if before is None:
+        return  # a run of before this was kept
+    then = json.loads(before)
+    if list(classes) == then:
+        return
+    gone, new = sorted(set(then) - set(classes)), sorted(set(classes) - set(then))
+    raise UserError(
+        f"the data have {len(classes)} classes, and not the {len(then)} that the run in {where} "
+        f"has learned: missing: {listing(gone, 3)}; new: {listing(new, 3)}; bring the classes "
+        "back, or start another --workdir with --config.init_from of this one"
+    )
 
 
 def _state(
     config: ConfigDict,
-    model: STViT,
-    create: Callable[[jax.Array], training.TrainState],
+    task: Task,
+    create: Callable[..., TrainState],
     checkpoints: Checkpoints,
     mesh: Mesh,
-) -> training.TrainState:
-    """The newest sound checkpoint's state, or a new one, from `init_from` where that is given."""
+) -> tuple[TrainState, dict[str, Any]]:
+    """The newest sound checkpoint's state, or a new one, from `init_from` where that is given.
+
+    Returns:
+      The state, and the notes that were kept with it.
+    """
     key, whole = jax.random.key(config.seed), parallel.replicated(mesh)
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-        jax.eval_shape(create, key),
+        jax.eval_shape(lambda key: create(key=key), key),
     )
     if restored := checkpoints.restore_newest(abstract):
-        step, state = restored
+        step, state, notes = restored
         say(f"continuing after step {step}")
-        return state
+        return state, notes
     found = weights.read(config.init_from, config.init_from_ema) if config.init_from else None
-    # Hundreds of small random draws, run once: optimising them takes LLVM longer than all the rest.
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    options = quick if jax.default_backend() == "cpu" else None
-    state = jax.jit(create, out_shardings=whole, compiler_options=options)(key)
+    options = UNOPTIMIZED if jax.default_backend() == "cpu" else None
+    state = jax.jit(lambda key: create(key=key), out_shardings=whole, compiler_options=options)(key)
     if found is None:
-        return state
-    weights.check_heads(model, found)
-    variables = jax.device_put(weights.merge(state.variables, found), whole)
+        return state, {}
+    variables = jax.device_put(task.adopt(state.variables, found, False), whole)
     say(f"starting from {found.source}")
     # A copy: two leaves of one donated state must not share a buffer.
-    return state.replace(**variables, ema=jax.tree.map(jnp.copy, variables) if state.ema else {})
+    ema = jax.tree.map(jnp.copy, variables) if state.ema else {}
+    return state.replace(**variables, ema=ema), {}
 
 
-def _compile(
-    step: Callable, state: Any, config: ConfigDict, mesh: Mesh, train: bool = False
+def _compile_train_step(
+    train_step: Callable,
+    state: TrainState,
+    task: Task,
+    key: jax.Array,
+    config: ConfigDict,
+    mesh: Mesh,
 ) -> Callable:
     start = time.monotonic()
-    batch = training.abstract_batch(config.batch_size, config.image_size, train)
-    compiled = training.compile_step(step, state, batch, mesh, donate=train)
-    what = "training" if train else "evaluation"
-    say(f"compiled the {what} step in {time.monotonic() - start:.0f} s")
+    batch = abstract_batch(batch_spec(task.train), config.batch_size)
+    compiled = compile_step(train_step, state, batch, key, mesh=mesh, donate=True)
+    say(f"compiled the training step in {time.monotonic() - start:.0f} s")
     return compiled
 
 
-def _result(step: int, plan: loop.Plan, writer: MetricWriter, workdir: Path) -> str:
+def _result(
+    step: int, plan: Plan, done: workdir.Evaluations, evaluator: Evaluator, where: Path
+) -> str:
     """The last line of a run: where it is, how good it is, where everything lies."""
-    line = writer.find(step, "eval/top1")
-    metrics = f", {describe(line)}" if line else ""
-    return f"step {step} of {plan.steps}{metrics}; see {workdir}"
+    found = done.of(step)
+    metrics = f", {evaluator.describe(found)}" if found else ""
+    return f"step {step} of {plan.steps}{metrics}; see {where}"

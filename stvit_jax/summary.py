@@ -7,14 +7,15 @@ Linear layers and matrix products; and the small terms 3*81*C + 81 per cell for 
 2 per BatchNorm input, 5 per LayerNorm input, 1 per input of an average pool.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 
+from stvit_jax import command_line
+from stvit_jax.console import say
 from stvit_jax.errors import UserError
+from stvit_jax.models.settings import abstract
 from stvit_jax.models.stvit import STViT, create_model, list_models
 
 Row = tuple[str, int, int]  # module, parameters, MACs
@@ -22,8 +23,7 @@ Row = tuple[str, int, int]  # module, parameters, MACs
 
 def summarize(model: STViT, image_size: int) -> list[Row]:
     """(module, parameters, MACs of one image) of the whole first, then stem, stages, head."""
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, model.in_chans), jnp.float32)
-    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    params = abstract(model)["params"]
 
     def size(*names: str) -> int:
         return sum(
@@ -79,21 +79,19 @@ def _head_macs(model: STViT, side: int) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m stvit_jax.summary", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    """The command."""
+    parser = command_line.parser("stvit_jax.summary", __doc__)
     parser.add_argument("name", help=", ".join(list_models()))
     parser.add_argument("--image-size", type=int, default=224, help="pixels, square")
     args = parser.parse_args(argv)
-    try:
-        rows = summarize(create_model(args.name), args.image_size)
-    except UserError as error:
-        parser.exit(1, f"error: {error}\n")
-    print(f"{args.name} at {args.image_size} x {args.image_size}")
-    print(f"{'':10}{'parameters':>14}{'MACs':>12}")
+    if args.image_size < 1:
+        raise UserError(f"--image-size is {args.image_size}; it must be at least 1")
+    rows = summarize(create_model(args.name), args.image_size)
+    say(f"{args.name} at {args.image_size} x {args.image_size}")
+    say(f"{'':10}{'parameters':>14}{'MACs':>12}")
     for name, parameters, macs in rows:
-        print(f"{name:10}{parameters:>14,}{macs / 1e9:>10.3f} G")
+        say(f"{name:10}{parameters:>14,}{macs / 1e9:>10.3f} G")
 
 
 if __name__ == "__main__":
-    main()
+    command_line.entry(main)

@@ -1,11 +1,10 @@
 """The config: mistakes are named with the field and the remedy; what a continuation may change."""
 
+import json
 import re
 import sys
 
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
 from stvit_jax import command_line
 from stvit_jax import config as configs
@@ -31,10 +30,10 @@ from stvit_jax.errors import UserError
         ("augment.erasing_probability", 1.5, "erasing_probability is 1.5: it must be in [0, 1]"),
         ("augment.erasing_probability", float("nan"), "is nan: it must be in [0, 1]"),
         ("robustness", (1,), "config.robustness is (1,): write the names of data sets"),
-        ("model.name", "stvit_smal", "config.model: unknown model 'stvit_smal'; did you mean"),
+        ("data.dir", "gs://bucket/x", "is 'gs://bucket/x': buckets are not supported yet"),
+        ("task", "regression", "config.task is 'regression': it must be one of classification"),
         ("seed", 2**32, "config.seed is 4294967296: it must be less than 2**32"),
         ("model.in_chans", 1, "config.model.in_chans is 1: pictures are read as RGB"),
-        ("model.depths", (1, 2), "config.model: model.depths has 2 stages"),
     ],
 )
 def test_mistakes_are_named(field, value, message):
@@ -46,46 +45,50 @@ def test_mistakes_are_named(field, value, message):
         configs.validate(config)
 
 
-@pytest.mark.parametrize(
-    "image_size, group_size, valid", [(32, 1, False), (33, 1, True), (32, 2, 1)]
-)
-def test_one_value_cannot_be_normalised(image_size, group_size, valid):
-    config = configs.base()
-    config.image_size, config.group_size = image_size, group_size
-    if valid:
-        return configs.validate(config)
-    with pytest.raises(UserError, match="BatchNorm one value in a group; raise config.group_size"):
-        configs.validate(config)
-    config.eval_only = True
-    configs.validate(config)
-
-
 def test_the_base_is_valid():
     configs.validate(configs.base())
 
 
-def test_another_recipe_is_named_with_both_values(tmp_path):
+def test_another_recipe_is_named_with_both_values():
     config = configs.base()
-    configs.write(config, tmp_path / "config.json")
+    before = configs.to_json(config)
     config.learning_rate, config.data.name = 1e-3, "cifar100"
     with pytest.raises(UserError) as caught:
-        configs.check_same_recipe(config, tmp_path / "config.json")
+        configs.check_same_recipe(config, before, "W/config.json")
+    assert "W/config.json is of a run with another recipe" in str(caught.value)
     assert "config.data.name is 'cifar100', was 'imagenet2012'" in str(caught.value)
     assert "config.learning_rate is 0.001, was 0.0005" in str(caught.value)
 
 
-def test_what_may_differ_may_differ(tmp_path):
+def test_what_may_differ_may_differ():
     config = configs.base()
-    configs.write(config, tmp_path / "config.json")
+    before = configs.to_json(config)
     config.steps, config.log_every, config.checkpoint_every, config.checkpoint_keep = 7, 3, 2, 9
     config.data.workers, config.data.dir = 0, "elsewhere"
-    configs.check_same_recipe(config, tmp_path / "config.json")
+    configs.check_same_recipe(config, before, "")
 
 
-def test_a_damaged_recipe_is_named(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json cannot be read"):
-        configs.check_same_recipe(configs.base(), tmp_path / "config.json")
+def test_a_run_of_a_version_without_a_field_had_its_default():
+    config = configs.base()
+    before = json.loads(configs.to_json(config))
+    del before["task"]
+    configs.check_same_recipe(config, json.dumps(before), "")
+    config.task = "another"
+    with pytest.raises(UserError, match="config.task is 'another', was 'classification'"):
+        configs.check_same_recipe(config, json.dumps(before), "")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "7", '{"model": 1' + "[" * 100_000])
+def test_a_damaged_recipe_is_named(text):
+    with pytest.raises(UserError, match="W/config.json cannot be read"):
+        configs.check_same_recipe(configs.base(), text, "W/config.json")
+
+
+def test_fields_that_a_remedy_names_exist():
+    values = configs.base().to_dict()
+    for check in configs.CHECKS:
+        configs.field_of(configs.base(), check.field)
+        assert check.remedy.format_map(values)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,8 @@ def test_a_damaged_recipe_is_named(tmp_path):
         (["--config.batch_size=abc"], "flag --config.batch_size=abc: invalid literal for int()"),
         (["--config.data.name.x=3"], "there is no field config.data.name.x"),
         (["--bogus"], "Unknown command line flag 'bogus'"),
+        (["--batch_size=16"], "there is no flag --batch_size; write --config.batch_size=VALUE"),
+        (["stray"], "'stray' is no flag; write --config.FIELD=VALUE"),
         (["--config=configs/nope.py"], "there is no config 'configs/nope.py'; here are: configs/"),
         (["--config", "configs/digits.py:384"], "get_config() takes 0 positional arguments"),
     ],
@@ -106,20 +111,53 @@ def test_a_damaged_recipe_is_named(tmp_path):
 def test_mistakes_on_the_command_line(arguments, message, monkeypatch):
     if not any(a.split("=")[0] == "--config" for a in arguments):
         arguments = ["--config", "configs/digits.py", *arguments]
-    # config_flags reads the overrides from sys.argv.
-    monkeypatch.setattr(sys, "argv", ["train.py", "--workdir", "w", *arguments])
     with pytest.raises(UserError, match=re.escape(message)) as caught:
-        command_line.parse(sys.argv)
+        command_line.train(["--workdir", "w", *arguments], "")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "workdir, message",
+    [
+        ("", "--workdir is empty"),
+        ("  ", "--workdir is empty"),
+        ("gs://bucket/run", "buckets are not supported yet"),
+        ("s3://bucket/run", "buckets are not supported yet"),
+    ],
+)
+def test_a_workdir_is_a_folder_of_this_machine(workdir, message):
+    with pytest.raises(UserError, match=message):
+        command_line.train(["--config=configs/digits.py", "--workdir", workdir], "")
 
 
 def test_a_home_directory_is_expanded(monkeypatch):
     """A shell leaves the ~ of --flag=~/x as it is."""
     monkeypatch.setenv("HOME", "/home/of")
     where = ["--config.data.dir=~/data", "--config.init_from=~/w.pth"]
-    arguments = ["x", "--config=configs/digits.py", *where]
-    values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", flag_values=values)
-    monkeypatch.setattr(sys, "argv", arguments)
-    command_line.read_config(values, arguments)
-    assert (config.value.data.dir, config.value.init_from) == ("/home/of/data", "/home/of/w.pth")
+    arguments = ["--config=configs/digits.py", *where, "--workdir=~/run"]
+    config, workdir = command_line.train(arguments, "")
+    assert (config.data.dir, config.init_from) == ("/home/of/data", "/home/of/w.pth")
+    assert str(workdir) == "/home/of/run"
+
+
+def test_overrides_do_not_depend_on_the_arguments_of_the_process():
+    before = list(sys.argv)
+    config = command_line.read_config("configs/digits.py", ["--config.epochs=3"])
+    assert config.epochs == 3 and sys.argv == before
+
+
+@pytest.mark.parametrize(
+    "fault, line, code",
+    [
+        ("UserError('the thing')", "error: the thing", 1),
+        ("OSError(28, 'No space left on device', '/x')", "error: /x: No space left on device", 1),
+        ("SystemExit(75)", "", 75),
+    ],
+)
+def test_a_command_ends_with_one_line_and_its_code(fault, line, code, capsys):
+    def main():
+        raise eval(fault)
+
+    with pytest.raises(SystemExit) as ended:
+        command_line.entry(main)
+    assert ended.value.code == code and capsys.readouterr().err.strip() == line

@@ -1,18 +1,23 @@
 """The contact sheet: the loader's images before, the augmented ones after, true captions."""
 
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from stvit_jax import contact_sheet
 from stvit_jax.contact_sheet import GAP, GROUP_SIZE, GROUPS, LINE, TILE
+from stvit_jax.data.examples import Examples
 from stvit_jax.data.loader import train_batches
 from stvit_jax.data.order import Order
 from stvit_jax.data.sources import open_source
+from stvit_jax.errors import UserError
+from stvit_jax.tasks import classification
 from tests.mini_sets import picture
 
 ROOT = Path(__file__).parents[1]
@@ -32,8 +37,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
     def run(*arguments: str) -> Path:
         output = tmp_path / "sheet.png"
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", ["contact_sheet", "--output", str(output), *arguments])
-        contact_sheet.main()
+        contact_sheet.main(["--output", str(output), *arguments])
         return output
 
     return run
@@ -44,7 +48,9 @@ def test_shows_every_image_of_the_batch_before_and_after(run, digits_dir: Path) 
     sheet = Image.open(run("configs/digits.py", where, *PLAIN, "--config.data.repeats=3"))
     source = open_source("tfds", "digits", str(digits_dir), train=True)
     order = Order(len(source), GROUPS * GROUP_SIZE, GROUP_SIZE, repeats=3)
-    batches = train_batches(source, order, image_size=32, flip=False)
+    load = partial(classification.load, image_size=32, flip=False, classes=10)
+    spec = {"image": ((32, 32, 3), np.uint8), "label": ((), np.int32)}
+    batches = train_batches(Examples(source, load, spec), order)
     images = next(batches)["image"]
     batches.close()
     for number, image in enumerate(images):
@@ -64,9 +70,20 @@ def test_augmentation_shows_in_the_second_of_a_pair(run, digits_dir: Path) -> No
 
 
 def test_captions_name_what_an_image_is_trained_on() -> None:
-    mixed = np.array([0.02, 0.29, 0.02, 0.67])
-    assert contact_sheet._labels(mixed, tuple("abcd"), 0.08) == ["d: 0.67", "b: 0.29"]
-    assert contact_sheet._labels(np.array([0.95, 0.05]), tuple("ab"), 0.1) == ["a: 0.95"]
+    def captions(target: list[float], smoothing: float) -> list[str]:
+        def augment(*_):
+            return jnp.zeros((1, 8, 8, 3)), jnp.asarray([target])
+
+        batch = {"image": np.zeros((1, 8, 8, 3), np.uint8), "label": np.array([0])}
+        classes = tuple("abcd")[: len(target)]
+        ((before, after),) = classification.sheet(
+            augment, classes, smoothing, batch, jax.random.key(0)
+        )
+        assert before[1] == ["a"]
+        return after[1]
+
+    assert captions([0.02, 0.29, 0.02, 0.67], 0.08) == ["d: 0.67", "b: 0.29"]
+    assert captions([0.95, 0.05], 0.1) == ["a: 0.95"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +96,7 @@ def test_captions_name_what_an_image_is_trained_on() -> None:
     ],
 )
 def test_mistakes_are_one_line(run, arguments: list[str], message: str) -> None:
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(UserError) as stopped:
         run(*arguments)
     assert message in str(stopped.value)
     assert "\n" not in str(stopped.value) and "\\n" not in str(stopped.value)
@@ -90,7 +107,7 @@ def test_a_set_too_small_and_a_folder_that_is_not_there(run, tmp_path: Path) -> 
         (tmp_path / split / "a").mkdir(parents=True)
         (tmp_path / split / "a" / "1.png").write_bytes(picture(1, form="PNG"))
     folder = ("--config.data.source=folder", f"--config.data.dir={tmp_path}")
-    with pytest.raises(SystemExit, match="train has 1 images, and the sheet shows 18"):
+    with pytest.raises(UserError, match="1 positions, fewer than batch_size 18: add images"):
         run("configs/digits.py", *folder)
-    with pytest.raises(SystemExit, match="nowhere does not exist: create it, or correct --output"):
+    with pytest.raises(UserError, match="nowhere does not exist: create it, or correct --output"):
         run("configs/digits.py", "--output", str(tmp_path / "nowhere" / "sheet.png"))

@@ -1,9 +1,11 @@
 """Parameters and MACs against the table of the facts."""
 
+from functools import partial
+
 import pytest
 
 import stvit_jax
-from stvit_jax import summary
+from stvit_jax import command_line, summary
 
 TABLE = {  # parameters, GMACs at 224, at 384
     "stvit_small": (25_495_624, 4.367, 14.156),
@@ -35,5 +37,5 @@ def test_command_prints_total_first_then_stem_to_head(capsys):
 
 def test_unknown_name_is_one_line(capsys):
     with pytest.raises(SystemExit):
-        summary.main(["stvit_smal"])
+        command_line.entry(partial(summary.main, ["stvit_smal"]))
     assert "did you mean 'stvit_small'?" in capsys.readouterr().err

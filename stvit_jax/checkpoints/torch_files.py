@@ -85,15 +85,15 @@ def arrays(tensors: Mapping[str, Any], path: Path) -> dict[str, np.ndarray]:
     return copies
 
 
-def write(path: Path, state_dict: Mapping[str, np.ndarray], settings: dict[str, Any]) -> None:
-    """Writes `{"model": state_dict, "stvit_config": settings}`.
+def write(path: Path, state_dict: Mapping[str, np.ndarray], beside: dict[str, Any]) -> None:
+    """Writes `{"model": state_dict}`, and what is to stand beside it.
 
     Raises:
       UserError: no torch or an old one.
     """
     torch = _import_torch()
     tensors = {name: torch.from_numpy(array) for name, array in state_dict.items()}
-    torch.save({"model": tensors, "stvit_config": settings}, path)
+    torch.save({"model": tensors, **beside}, path)
 
 
 def _import_torch() -> ModuleType:

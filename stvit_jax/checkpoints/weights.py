@@ -1,13 +1,14 @@
 """Weights in files: `.pth`, `.safetensors`, Orbax directories and workdirs of runs, in and out.
 
-    form            holds                                    its settings lie in
-    x.pth           PyTorch names under `model`              `stvit_config`, beside `model`
-    x.safetensors   PyTorch names                            `stvit_config`, in the metadata
+    form            holds                                    its settings and class names lie in
+    x.pth           PyTorch names under `model`              entries beside `model`
+    x.safetensors   PyTorch names                            the metadata
     directory       Orbax items `weights` and `meta`         `meta`
-    workdir         `checkpoints/STEP`, of a run             `config.json`
+    workdir         `checkpoints/STEP`, of a run             `config.json`, `classes.json`
 
-`settings.py` says what settings are. Files of others carry none; a variant is recognised by its
-shapes. A file that is written here holds one set of weights; files of training hold the moving
+Settings are called `stvit_config`, names by label `class_names`, a list. `settings.py` says what
+settings are. Files of others carry none; a variant is recognised by its shapes. A file that is
+written here holds one set of weights; files of training hold the moving
 average besides, which `ema` asks for.
 """
 
@@ -21,27 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 
 from stvit_jax import torch_weights
 from stvit_jax.checkpoints import torch_files
-from stvit_jax.checkpoints.manager import leaf_digests
-from stvit_jax.console import say
+from stvit_jax.checkpoints.reader import read_newest
 from stvit_jax.errors import UserError, one_line
-from stvit_jax.models.settings import (
-    SETTINGS,
-    Settings,
-    abstract,
-    complete,
-    create,
-    images,
-)
-from stvit_jax.models.stvit import STViT
-from stvit_jax.trees import differences, leaves, nested, path_name
+from stvit_jax.models.settings import SETTINGS, Settings
+from stvit_jax.trees import leaves, nested, path_name
 
 _IGNORED = {
     "model": "the raw weights; taken without ema",
@@ -53,6 +43,7 @@ _IGNORED = {
     "max_accuracy": "a note of the training",
     "args": "options of the training",
 }
+_COLLECTIONS = ("params/", "batch_stats/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +55,18 @@ class Weights:
       settings: of the network, as the file carries them; None where it carries none.
       source: the file or directory that was read; of a workdir, its checkpoint.
       ignored: entries that were left out, and why.
+      step: batches consumed, of a workdir's checkpoint; None otherwise.
+      epoch: likewise.
+      classes: names by label, where the file carries them.
     """
 
     variables: dict[str, Any]
     settings: Settings | None
     source: Path
     ignored: dict[str, str]
+    step: int | None = None
+    epoch: float | None = None
+    classes: tuple[str, ...] | None = None
 
 
 def read(path: str | Path, ema: bool = False) -> Weights:
@@ -97,8 +94,12 @@ def read(path: str | Path, ema: bool = False) -> Weights:
         raise UserError(f"{path}: files of weights end in .pth or .safetensors")
     if not isinstance(weights.settings, dict | None):
         raise UserError(f"{path} is damaged: its stvit_config is {weights.settings!r}")
-    variables = jax.tree_util.tree_map_with_path(_normal, weights.variables)
-    return dataclasses.replace(weights, variables=variables)
+    variables = jax.tree_util.tree_map_with_path(_canonical, weights.variables)
+    classes, ignored = weights.classes, weights.ignored
+    if classes is not None and not _are_names(classes, variables):
+        classes, ignored = None, ignored | {"class_names": "not one name for each class"}
+    classes = None if classes is None else tuple(classes)
+    return dataclasses.replace(weights, variables=variables, classes=classes, ignored=ignored)
 
 
 def write(path: str | Path, weights: Weights) -> None:
@@ -114,21 +115,23 @@ def write(path: str | Path, weights: Weights) -> None:
     path = Path(path)
     if path.exists():
         raise UserError(f"{path} exists; remove it, or choose another output")
+    carried = {"stvit_config": weights.settings}
+    if weights.classes is not None:
+        carried["class_names"] = list(weights.classes)
     unfinished = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".pth":
-            torch_files.write(
-                unfinished, torch_weights.to_torch(weights.variables), weights.settings
-            )
+            state_dict = torch_weights.to_torch(weights.variables)
+            torch_files.write(unfinished, state_dict, carried)
         elif path.suffix == ".safetensors":
             _import_safetensors().numpy.save_file(
                 torch_weights.to_torch(weights.variables),
                 unfinished,
-                {"format": "pt", "stvit_config": json.dumps(weights.settings)},
+                {"format": "pt"} | {key: json.dumps(value) for key, value in carried.items()},
             )
         else:  # Orbax writes to another place and renames by itself
-            meta = {"stvit_config": weights.settings, "sha256": _digest(weights.variables)}
+            meta = carried | {"sha256": _digest(weights.variables)}
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                 args = ocp.args.Composite(
                     weights=ocp.args.PyTreeSave(weights.variables), meta=ocp.args.JsonSave(meta)
@@ -144,109 +147,6 @@ def write(path: str | Path, weights: Weights) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def identify(weights: Weights, name: str | None = None, **overrides: Any) -> Weights:
-    """Weights with all settings, checked against every shape.
-
-    Args:
-      weights: as read.
-      name: of a variant; None: settings of the file, or the variant that has these shapes.
-      **overrides: of the variant `name`, by the published names.
-
-    Raises:
-      UserError: no variant has these shapes, or not the one that was stated (with differences).
-    """
-    try:
-        settings = complete(weights.variables, weights.settings, name, **overrides)
-    except UserError as error:
-        raise UserError(f"{weights.source}: {error}") from None
-    return dataclasses.replace(weights, settings=settings)
-
-
-def merge(variables: Any, weights: Weights) -> Any:
-    """Puts weights into the variables of a network.
-
-    Args:
-      variables: `{"params": ..., "batch_stats": ...}`, arrays or `jax.ShapeDtypeStruct`s.
-      weights: as read; from any image size.
-
-    Returns:
-      The same tree: numpy arrays in the dtypes of `variables`. Where the number of classes
-      differs, the head's leaves are those of `variables`, and a line says so.
-
-    Raises:
-      UserError: anything else differs (all differences listed).
-    """
-    ours, theirs = leaves(variables), leaves(weights.variables)
-    kept = []
-    if has_other_head(variables, weights):
-        kept = [path for path in ours if path.startswith("params/head/")]
-        classes = [side["params/head/kernel"].shape[-1] for side in (theirs, ours)]
-        say(
-            f"{weights.source}: its head has {classes[0]} classes, this network {classes[1]}; "
-            "the head is re-initialised"
-        )
-    differing = differences(
-        {path: x for path, x in theirs.items() if path not in kept},
-        {path: x for path, x in ours.items() if path not in kept},
-    )
-    if differing:
-        raise UserError(f"{weights.source} does not fit this network: {'; '.join(differing)}")
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: (
-            leaf if path_name(path) in kept else theirs[path_name(path)].astype(leaf.dtype)
-        ),
-        variables,
-    )
-
-
-def has_other_head(variables: Any, weights: Weights) -> bool:
-    """Whether only the number of classes tells the heads apart, so that `merge` keeps ours."""
-    ours, theirs = (leaves(v).get("params/head/kernel") for v in (variables, weights.variables))
-    return (
-        ours is not None
-        and theirs is not None
-        and ours.shape[:-1] == theirs.shape[:-1]
-        and ours.shape[-1] != theirs.shape[-1]
-    )
-
-
-def check_heads(model: STViT, weights: Weights) -> None:
-    """Raises UserError where the file was made with other attention heads: shapes do not show it.
-
-    The other settings that shapes do not show, `n_iter` and `stoken_size`, are for users to change.
-    """
-    theirs = create(weights.settings).num_heads if weights.settings else model.num_heads
-    if tuple(theirs) != tuple(model.num_heads):
-        raise UserError(
-            f"{weights.source} has num_heads {tuple(theirs)}, this network "
-            f"{tuple(model.num_heads)}; set model.num_heads to the same"
-        )
-
-
-def load_weights(model: STViT, path: str | Path, ema: bool = False) -> dict[str, Any]:
-    """Variables of a network from a file of any form.
-
-    Args:
-      model: of any image size and number of classes; a head of another size is initialised anew
-        (key 0), and a line says so.
-      path: `.pth`, `.safetensors`, a converted directory, or the workdir of a run.
-      ema: the moving average in place of the raw weights.
-
-    Returns:
-      `{"params": ..., "batch_stats": ...}` of `jax.Array`s.
-
-    Raises:
-      UserError: as `read`, or they do not fit the network (all differences listed).
-    """
-    weights = read(path, ema)
-    check_heads(model, weights)
-    variables = abstract(model)
-    if has_other_head(variables, weights):
-        init = jax.jit(lambda key: model.lazy_init(key, images(model))["params"]["head"])
-        variables["params"]["head"] = init(jax.random.key(0))
-    return jax.tree.map(jnp.asarray, merge(variables, weights))
-
-
 def _read_pth(path: Path, ema: bool) -> Weights:
     loaded = torch_files.read(path)
     if not isinstance(loaded, Mapping):
@@ -255,9 +155,9 @@ def _read_pth(path: Path, ema: bool) -> Weights:
     tensors = entries.pop("model_ema" if ema else "model", None)
     if not isinstance(tensors, Mapping):
         raise _no_average(path)
-    settings = entries.pop("stvit_config", None)
+    settings, classes = entries.pop("stvit_config", None), entries.pop("class_names", None)
     ignored = {str(key): _IGNORED.get(key, "not weights") for key in entries}
-    return _from_torch(path, torch_files.arrays(tensors, path), settings, ignored)
+    return _from_torch(path, torch_files.arrays(tensors, path), settings, classes, ignored)
 
 
 def _read_safetensors(path: Path, ema: bool) -> Weights:
@@ -270,9 +170,10 @@ def _read_safetensors(path: Path, ema: bool) -> Weights:
             metadata = file.metadata() or {}
             state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         settings = json.loads(metadata.get("stvit_config", "null"))
+        classes = json.loads(metadata.get("class_names", "null"))
     except Exception as error:  # SafetensorError, and what numpy or json make of foreign content
         raise UserError(f"{path} is damaged, or not a safetensors file: {error}") from error
-    return _from_torch(path, state_dict, settings, {})
+    return _from_torch(path, state_dict, settings, classes, {})
 
 
 def _read_directory(path: Path, ema: bool) -> Weights:
@@ -291,7 +192,8 @@ def _read_directory(path: Path, ema: bool) -> Weights:
             raise ValueError("its values are not those that were written")
     except Exception as error:  # the readers raise anything on damaged files
         raise UserError(f"{path} is damaged, convert again: {one_line(error)}") from error
-    return Weights(items.weights, items.meta["stvit_config"], path, {})
+    meta = items.meta
+    return Weights(items.weights, meta["stvit_config"], path, {}, classes=meta.get("class_names"))
 
 
 def _read_workdir(path: Path, ema: bool) -> Weights:
@@ -301,39 +203,46 @@ def _read_workdir(path: Path, ema: bool) -> Weights:
         settings = {k: v for k, v in model.items() if k in ("name", *SETTINGS) and v is not None}
     except (OSError, ValueError, LookupError) as error:
         raise UserError(f"{path / 'config.json'} cannot be read: {one_line(error)}") from error
-    steps = [p for p in (path / "checkpoints").iterdir() if p.name.isdecimal()]
-    for step in sorted(steps, key=lambda p: int(p.name), reverse=True):
-        try:
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-                args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-                meta = checkpointer.restore(step.absolute(), args=args).meta
-                collections = ("params", "batch_stats")
-                names = [f"ema/{c}" for c in collections] if ema else collections
-                digests = {k: v for k, v in meta["digests"].items() if k.startswith(tuple(names))}
-                if not digests:
-                    raise _no_average(step)
-                wanted = nested(dict.fromkeys(digests, 0))
-                as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-                args = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
-                args = ocp.args.Composite(state=args)
-                state = checkpointer.restore(step.absolute(), args=args).state
-            wide = any(x.dtype.itemsize == 8 for x in jax.tree.leaves(state))
-            with jax.enable_x64(wide or jax.config.jax_enable_x64):
-                if leaf_digests(jax.tree.map(jnp.asarray, state))[0] != digests:
-                    raise ValueError("its digests are not those it was saved with")
-        except UserError:
-            raise
-        except Exception as error:  # the readers raise anything on damaged files
-            logging.warning("checkpoint %s is damaged: %s", step, one_line(error))
-        else:
-            return Weights(state["ema"] if ema else state, settings, step, {})
-    raise UserError(f"{path} holds no sound checkpoint; train first, or bring back a copy")
+    collections = tuple(f"ema/{c}" for c in _COLLECTIONS) if ema else _COLLECTIONS
+
+    def select(checkpoint: Path, forms: dict[str, str]) -> dict[str, Any]:
+        wanted = [leaf for leaf in forms if leaf.startswith(collections)]
+        if not wanted:
+            raise _no_average(checkpoint)
+        return nested(dict.fromkeys(wanted, 0))
+
+    found = read_newest(path / "checkpoints", select)
+    if found is None:
+        raise UserError(f"{path} holds no sound checkpoint; train first, or bring back a copy")
+    variables = found.state["ema"] if ema else found.state
+    source = path / "checkpoints" / str(found.position)
+    epoch = found.notes.get("epoch")
+    return Weights(variables, settings, source, {}, found.position, epoch, _read_classes(path))
+
+
+def _read_classes(workdir: Path) -> Any:
+    """The class names beside a run's checkpoints; older runs have none."""
+    path = workdir / "classes.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+def _are_names(classes: Any, variables: Any) -> bool:
+    count = leaves(variables)["params/head/bias"].size
+    return (
+        isinstance(classes, list)
+        and len(classes) == count
+        and all(isinstance(name, str) for name in classes)
+    )
 
 
 def _from_torch(
     path: Path,
     state_dict: Mapping[str, np.ndarray],
     settings: Settings | None,
+    classes: Any,
     ignored: dict[str, str],
 ) -> Weights:
     if all(str(name).startswith("module.") for name in state_dict):  # of DistributedDataParallel
@@ -347,10 +256,10 @@ def _from_torch(
         raise UserError(f"{path}: {error}") from None
     if kernels := sum(".fold." in name or ".unfold." in name for name in state_dict):
         ignored["attn.unfold.weights, attn.fold.weights"] = f"{kernels} constant kernels, checked"
-    return Weights(variables, settings, path, ignored)
+    return Weights(variables, settings, path, ignored, classes=classes)
 
 
-def _normal(path: Any, array: np.ndarray) -> np.ndarray:
+def _canonical(path: Any, array: np.ndarray) -> np.ndarray:
     """Floats of at least 32 bits, counters of 64; exact."""
     if path[-1].key == "count" and np.issubdtype(array.dtype, np.integer):
         return np.asarray(array, np.int64)

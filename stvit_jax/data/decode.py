@@ -18,6 +18,9 @@ Pillow, and so are the pixels:
 
 import io
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -44,7 +47,13 @@ Pass = tuple[tuple[int, int], tuple[float, float, float, float]]
 
 
 class UnreadableImage(Exception):
-    """Bytes that do not decode to an image. The message is the reason, without the file's name."""
+    """Bytes that do not decode to an image. The message is the reason, without the file's name.
+
+    Attributes:
+      known: what is known of the example all the same, by its name in the batch.
+    """
+
+    known: Mapping[str, Any] = MappingProxyType({})
 
 
 def eval_image(data: bytes, image_size: int) -> np.ndarray:

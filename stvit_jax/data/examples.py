@@ -22,7 +22,8 @@ BOOKKEEPING: Spec = {"mask": ((), np.bool_), "unreadable": ((), np.int32)}
 
 - `mask`: False on the padding of an evaluation's last batch.
 - `unreadable`: in training, how many positions in a row did not decode before the one that is in
-  the slot; in evaluation, 1 where the example itself does not decode (its arrays are zeros then).
+  the slot; in evaluation, 1 where the example itself does not decode (of its arrays those that are
+  not known are zeros then).
 """
 
 

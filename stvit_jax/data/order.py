@@ -50,7 +50,7 @@ class Order:
         if self.steps_per_epoch == 0:
             raise UserError(
                 f"an epoch of the data set has {self._kept} positions, fewer than batch_size "
-                f"{self.batch_size}: lower batch_size"
+                f"{self.batch_size}: add images, or lower batch_size"
             )
 
     @property

@@ -97,7 +97,7 @@ class EvalPart(Part):
             except UnreadableImage as error:
                 rows["unreadable"][row] = 1
                 _name_unreadable(source.where(index), str(error))
-                continue
+                example = error.known
             for key, value in example.items():
                 rows[key][row] = value
 

@@ -31,6 +31,9 @@ SETTINGS = (
 )
 _OUTLINE = ("embed_dim", "depths")
 
+# For `jax.jit` on CPU, of programs that run once: optimising them takes LLVM longer than it saves.
+UNOPTIMIZED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 
 def complete(
     variables: Any, carried: Settings | None, name: str | None = None, **overrides: Any

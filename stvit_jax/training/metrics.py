@@ -1,12 +1,17 @@
-"""Where numbers go: `metrics.jsonl`, TensorBoard files, and lines on the console."""
+"""Where numbers go: `metrics.jsonl` and TensorBoard files. Written, and never read to decide.
 
+A log is unimportant: what cannot be written is said once, and the training goes on.
+"""
+
+import contextlib
 import json
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from stvit_jax.console import say
+from stvit_jax.console import say, warn
+from stvit_jax.errors import described, reason
 
 
 class MetricWriter:
@@ -15,75 +20,91 @@ class MetricWriter:
     TensorFlow takes seconds to import, so everything for TensorBoard happens in a thread.
     """
 
-    def __init__(self, workdir: Path, step: int | None = None) -> None:
-        """Opens the files; to go on after `step`, later and half-written lines are removed."""
-        path = workdir / "metrics.jsonl"
-        lines = [line for line in _read(path) if step is None or line["step"] <= step]
-        kept = "".join(json.dumps(line) + "\n" for line in lines)
-        # Replaced only where it must be: another process may be training in this workdir, and
-        # would go on writing to the old file.
-        if path.exists() and path.read_text() != kept:
-            whole = path.with_suffix(".tmp")
-            whole.write_text(kept)
-            whole.replace(path)
-        self._lines = lines
-        self._file = path.open("a")
+    def __init__(self, workdir: Path) -> None:
+        self._path = workdir / "metrics.jsonl"
+        self._complained = self._half_line = False
         self._thread = ThreadPoolExecutor(1)
-        self._tensorboard = self._thread.submit(_open_tensorboard, workdir)
-        self._writing: Future | None = None
+        self._tensorboard: Any = None
+        self._thread.submit(self._open_tensorboard, workdir)
 
-    def write(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
-        """One line: `step`, `epoch` and the metrics."""
-        line = {"step": step, "epoch": round(epoch, 4), **metrics}
-        self._lines.append(line)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        if self._writing is not None and self._writing.done():
-            self._writing.result()  # an error of the thread arrives here
-        self._writing = self._thread.submit(self._write_tensorboard, step, metrics)
-
-    def find(self, step: int, key: str) -> dict[str, float] | None:
-        """The last line with `key` of `step`, from this run or the one that it continues.
-
-        Lines of `eval_only` do not count: they may be about other data.
-        """
-        for line in reversed(self._lines):
-            if line["step"] == step and key in line and "eval_only" not in line:
-                return line
-        return None
+    def write(self, step: int, epoch: float, metrics: dict[str, float], **notes: Any) -> None:
+        """One line: `step`, `epoch`, the metrics, and notes, which are no numbers to plot."""
+        line = json.dumps({"step": step, "epoch": round(epoch, 4), **metrics, **notes})
+        try:
+            # Opened for every line: a file that was moved away, or a disk that had been full,
+            # costs the lines of that time only.
+            with self._path.open("ab", buffering=0) as file:
+                data = f"{line}\n".encode()
+                data = b"\n" + data if self._half_line else data
+                self._half_line = file.write(data) < len(data)  # the disk is full
+        except OSError as error:
+            if not self._complained:
+                warn(f"{self._path} cannot be written ({reason(error)}): lines are missing there")
+            self._complained = True
+        self._thread.submit(self._write_tensorboard, step, metrics)
 
     def close(self) -> None:
         """Waits until everything is on disk."""
-        self._file.close()
+        self._thread.submit(self._close_tensorboard)
         self._thread.shutdown()
-        if self._writing is not None:
-            self._writing.result()
-        if writer := self._tensorboard.result():
-            writer.close()
+
+    # Below: in the thread.
+
+    def _open_tensorboard(self, workdir: Path) -> None:
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else TensorFlow greets with lines
+        try:
+            from clu import metric_writers
+
+            self._tensorboard = metric_writers.SummaryWriter(str(workdir))
+        except Exception as error:  # not installed; installed and broken; no room for its file
+            say(f"no TensorBoard files ({described(error)}); metrics.jsonl has everything")
 
     def _write_tensorboard(self, step: int, metrics: dict[str, float]) -> None:
-        if writer := self._tensorboard.result():
-            writer.write_scalars(step, metrics)
-            writer.flush()
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a process that was killed may have left half of one."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+        if self._tensorboard is None:
+            return
         try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
+            self._tensorboard.write_scalars(step, metrics)
+            self._tensorboard.flush()
+        except Exception as error:  # TensorFlow's own kinds, of a full disk for one
+            warn(f"no more TensorBoard files ({described(error)}); metrics.jsonl goes on")
+            self._tensorboard = None
+
+    def _close_tensorboard(self) -> None:
+        if self._tensorboard is not None:
+            with contextlib.suppress(Exception):
+                self._tensorboard.close()
 
 
-def _open_tensorboard(workdir: Path) -> Any:
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else TensorFlow greets with lines of it
+def keep_lines(workdir: Path, step: int, evaluated: bool) -> None:
+    """Removes from `metrics.jsonl` what a run that goes on after `step` will write again.
+
+    These are lines of later steps, half-written ones and, unless it was `evaluated`, evaluations of
+    the step itself. Whole lines that are none of ours stay as they are.
+    """
+    path = workdir / "metrics.jsonl"
     try:
-        from clu import metric_writers
+        before = path.read_bytes() if path.exists() else b""
+        lines = before.splitlines(keepends=True)
+        kept = b"".join(line for line in lines if _stays(line, step, evaluated))
+        # Replaced only where it must be: another process may be writing its evaluation there.
+        if kept != before:
+            whole = path.with_suffix(".tmp")
+            whole.write_bytes(kept)
+            whole.replace(path)
+    except OSError as error:
+        warn(f"{path} cannot be put in order ({reason(error)}): lines of later steps stay there")
 
-        return metric_writers.SummaryWriter(str(workdir))
-    except ImportError as error:
-        say(f"no TensorBoard files ({error}); metrics.jsonl has everything")
-        return None
+
+def _stays(line: bytes, step: int, evaluated: bool) -> bool:
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    if not line.endswith(b"\n"):
+        return False
+    if not isinstance(content, dict) or not isinstance(content.get("step"), int):
+        return True
+    if content.get("eval_only"):
+        return True
+    repeated = content["step"] == step and not any(key.startswith("train/") for key in content)
+    return content["step"] < step or (content["step"] == step and (evaluated or not repeated))

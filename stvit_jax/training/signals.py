@@ -1,4 +1,4 @@
-"""Stopping on SIGTERM and SIGINT, in one process.
+"""Stopping when a signal asks for it, in one process.
 
 Python runs signal handlers between two of its own instructions, so a handler waits for as long as a
 compilation lasts. Here the C-level handler writes the signal's number into a pipe and a thread
@@ -8,12 +8,25 @@ process; later it sets a flag, and the loop saves and returns. A second signal e
 Imports nothing heavy: `train.py` calls `install` before it imports anything else.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 from multiprocessing import active_children
 
+from stvit_jax.console import warn
+
+# What schedulers, terminals and people send: SLURM warns with SIGUSR1, LSF with SIGUSR2, a lost
+# connection sends SIGHUP, a limit of CPU time SIGXCPU.
+WATCHED = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 STOPPED = 75  # exit code: stopped early, state saved, the same command continues (EX_TEMPFAIL)
 
 
@@ -39,36 +52,34 @@ class Stop:
         self._requested.set()
         if not self._armed.is_set():
             _exit(STOPPED, f"{name}: stopped before the first step; the same command continues")
-        _say(f"{name}: saving after this step (once more: stop at once)")
+        warn(f"{name}: saving after this step (once more: stop at once)")
 
 
 def install() -> Stop:
-    """Takes over SIGTERM and SIGINT; call in the main thread."""
+    """Takes over the signals that ask a program to stop; call in the main thread."""
     stop = Stop()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    watched = (signal.SIGTERM, signal.SIGINT)
-    for number in watched:
+    for number in WATCHED:
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue  # nohup
         signal.signal(number, lambda *_: None)  # without a Python handler nothing is written
 
     def watch() -> None:
         while True:
             for number in os.read(reader, 1):
-                if number in watched:
+                if number in WATCHED:
                     stop._receive(number)
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
     return stop
 
 
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def _exit(code: int, message: str) -> None:
     for child in active_children():  # os._exit leaves loader processes behind
         child.kill()
-    _say(message)
-    sys.stdout.flush()
+    warn(message)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
     os._exit(code)

@@ -1,17 +1,117 @@
-"""The folder of a run."""
+"""The folder of a run: what lies in it beside checkpoints and logs, and how it is written.
 
+`config.json`: the recipe; `classes.json`: what the labels mean; `evaluations.json`: what has been
+evaluated, by step. Files are replaced whole: whoever reads one, at any moment, reads all of it.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
 from pathlib import Path
+from typing import Any
 
-from stvit_jax.errors import UserError
+from stvit_jax.console import warn
+from stvit_jax.errors import UserError, one_line, reason
+
+CONFIG, CLASSES, EVALUATIONS = "config.json", "classes.json", "evaluations.json"
 
 
-def make_workdir(workdir: Path) -> None:
-    """Creates the folder of a run.
+def make(workdir: Path) -> None:
+    """Creates the folder, and sees that files can be written there.
 
     Raises:
-      UserError: it cannot be created.
+      UserError: they cannot.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir) as file:
+            file.write(b"\0" * 4096)  # more than a full disk still takes
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
-        raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}") from error
+        raise UserError(
+            f"--workdir {workdir} cannot be written: {reason(error)}; make room or permissions "
+            "there, or use another one"
+        ) from error
+
+
+def has_checkpoints(workdir: Path) -> bool:
+    """Whether a run has saved something there."""
+    try:
+        return any(path.name.isdecimal() for path in (workdir / "checkpoints").iterdir())
+    except OSError:
+        return False
+
+
+def read_text(path: Path) -> str | None:
+    """The text of a file of the run; None where there is no file.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        why = reason(error) if isinstance(error, OSError) else one_line(error)
+        raise UserError(
+            f"{path} cannot be read ({why}); restore it, or start in another --workdir"
+        ) from error
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file whole; the one before stays until then.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    with contextlib.suppress(UserError):  # what cannot be read is replaced, too
+        if read_text(path) == text:
+            return
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {reason(error)}; make room or permissions there"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+class Evaluations:
+    """What has been evaluated, by step: the state that says whether an evaluation is still due."""
+
+    def __init__(self, workdir: Path) -> None:
+        """Reads what the run before left; a file that is none of ours counts as nothing."""
+        self._path = workdir / EVALUATIONS
+        self._by_step: dict[str, dict[str, Any]] = {}
+        with contextlib.suppress(ValueError, RecursionError):  # UserError is a ValueError
+            content = json.loads(read_text(self._path) or "{}")
+            if isinstance(content, dict):
+                self._by_step = {
+                    k: v for k, v in content.items() if k.isdecimal() and isinstance(v, dict)
+                }
+
+    def of(self, step: int) -> dict[str, float] | None:
+        """The metrics of a step, if it has been evaluated."""
+        return self._by_step.get(str(step))
+
+    def forget_after(self, step: int) -> None:
+        """What a run that goes on after `step` will do again."""
+        self._by_step = {k: v for k, v in self._by_step.items() if int(k) <= step}
+
+    def add(self, step: int, metrics: dict[str, float]) -> None:
+        """Notes an evaluation; where that fails, it is made again after a restart."""
+        self._by_step[str(step)] = metrics
+        try:
+            replace(self._path, json.dumps(self._by_step, indent=1) + "\n")
+        except UserError as error:
+            warn(f"{error}; the evaluation of step {step} is made again after a restart")

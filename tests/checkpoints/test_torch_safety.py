@@ -279,8 +279,9 @@ def test_safetensors_and_directories_need_no_torch(tmp_path):
 
 def test_written_files_have_no_more_than_they_say(tmp_path):
     path = tmp_path / "w.pth"
-    torch_files.write(path, {"a": np.ones(3, np.float32)}, {"name": "stvit_tiny", "depths": [1]})
+    beside = {"stvit_config": {"name": "stvit_tiny", "depths": [1]}, "class_names": ["a"]}
+    torch_files.write(path, {"a": np.ones(3, np.float32)}, beside)
     loaded = torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
-    assert loaded.keys() == {"model", "stvit_config"}
-    assert loaded["stvit_config"] == {"name": "stvit_tiny", "depths": [1]}
+    assert loaded.keys() == {"model", "stvit_config", "class_names"}
+    assert {key: loaded[key] for key in beside} == beside
     assert torch.equal(loaded["model"]["a"], torch.ones(3))

@@ -15,9 +15,10 @@ import pytest
 import safetensors.numpy
 
 from stvit_jax import config, torch_weights
-from stvit_jax.checkpoints import weights
+from stvit_jax.checkpoints import digests, fit, weights
+from stvit_jax.checkpoints.fit import load_weights
 from stvit_jax.checkpoints.manager import Checkpoints
-from stvit_jax.checkpoints.weights import Weights, load_weights
+from stvit_jax.checkpoints.weights import Weights
 from stvit_jax.errors import UserError
 from stvit_jax.models.settings import SETTINGS, complete, create
 from stvit_jax.models.stvit import create_model
@@ -60,7 +61,7 @@ def workdir(tmp_path, tiny, overrides) -> Callable[[int], Path]:
     run = config.base()
     run.model.update({k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()})
     run.model.num_classes = None  # from the data, as in configs/
-    config.write(run, path / "config.json")
+    (path / "config.json").write_text(config.to_json(run))
 
     def save(step: int, ema: bool = True) -> Path:
         def shifted(by: float):
@@ -84,6 +85,15 @@ def workdir(tmp_path, tiny, overrides) -> Callable[[int], Path]:
     return save
 
 
+def rewrite_meta(checkpoint: Path, **changes) -> None:
+    """Changes what a checkpoint says of itself, with the checksum that belongs to it."""
+    file = checkpoint / "meta/metadata"
+    meta = json.loads(file.read_text()) | changes
+    del meta["checksum"]
+    meta["checksum"] = digests._checksum(meta)
+    file.write_text(json.dumps(meta))
+
+
 @pytest.mark.parametrize("first, second", list(itertools.product(FORMS.values(), repeat=2)))
 def test_every_form_into_every_other_keeps_every_bit(first, second, tiny, tmp_path):
     weights.write(tmp_path / "a" / first, tiny)
@@ -93,6 +103,27 @@ def test_every_form_into_every_other_keeps_every_bit(first, second, tiny, tmp_pa
     assert last.settings == tiny.settings
     assert last.variables["batch_stats"]["norm"]["count"].dtype == np.int64
     assert not list(tmp_path.glob("?/*.tmp*"))
+
+
+@pytest.mark.parametrize("first, second", list(itertools.product(FORMS.values(), repeat=2)))
+def test_class_names_go_through_every_form(first, second, tiny, workdir, tmp_path):
+    names = tuple(f"class {i}" for i in range(9)) + ("caf\u00e9",)
+    path = workdir(3)
+    assert weights.read(path).classes is None  # a run from before they were kept
+    (path / "classes.json").write_text(json.dumps(names))
+    found = fit.identify(weights.read(path))
+    weights.write(tmp_path / "a" / first, found)
+    weights.write(tmp_path / "b" / second, weights.read(tmp_path / "a" / first))
+    last = weights.read(tmp_path / "b" / second)
+    assert (last.classes, last.settings, last.step) == (names, tiny.settings, None)
+
+
+@pytest.mark.parametrize("form", FORMS.values())
+@pytest.mark.parametrize("names", [["a"] * 9, [*range(10)], {"a": 1}])
+def test_names_that_are_not_one_for_each_class_are_left_out(form, names, tiny, tmp_path):
+    weights.write(tmp_path / form, dataclasses.replace(tiny, classes=names))
+    found = weights.read(tmp_path / form)
+    assert found.classes is None and "class_names" in found.ignored
 
 
 @pytest.mark.parametrize("form", FORMS.values())
@@ -140,21 +171,21 @@ def test_variants_and_class_counts_are_recognised(name):
 def test_an_unknown_network_has_to_be_stated(tiny, overrides):
     nameless = dataclasses.replace(tiny, settings=None)
     with pytest.raises(UserError) as caught:
-        weights.identify(nameless)
+        fit.identify(nameless)
     assert "no variant has these shapes" in str(caught.value)
     assert "--embed_dim=16,32,48,64 --depths=1,2,2,1" in str(caught.value)
     assert "--num_heads" in str(caught.value)
     del overrides["init_values"], overrides["drop_path_rate"], overrides["num_classes"]
-    found = weights.identify(nameless, "stvit_small", **overrides)
+    found = fit.identify(nameless, "stvit_small", **overrides)
     assert found.settings == tiny.settings
 
 
 def test_wrong_statements_list_the_differences(tiny, overrides):
     with pytest.raises(UserError, match=r"depths is \(1, 2, 2, 1\) there and \(3, 5, 9, 3\) in"):
-        weights.identify(tiny, "stvit_small", embed_dim=(16, 32, 48, 64), num_heads=(1, 2, 3, 4))
+        fit.identify(tiny, "stvit_small", embed_dim=(16, 32, 48, 64), num_heads=(1, 2, 3, 4))
     wrong = overrides | {"layerscale": (False, True, True, False), "projection": 32}
     with pytest.raises(UserError) as caught:
-        weights.identify(tiny, "stvit_small", **wrong)
+        fit.identify(tiny, "stvit_small", **wrong)
     text = str(caught.value)
     assert "missing: params/layers_1/blocks_0/gamma_1, params/layers_1/blocks_0/gamma_2" in text
     assert "unexpected: params/layers_3/blocks_0/gamma_1" in text
@@ -177,7 +208,7 @@ def test_wrong_statements_list_the_differences(tiny, overrides):
 )
 def test_absurd_settings_of_a_file_are_one_line(damage, tiny):
     with pytest.raises(UserError, match="made: "):
-        weights.identify(dataclasses.replace(tiny, settings=tiny.settings | damage))
+        fit.identify(dataclasses.replace(tiny, settings=tiny.settings | damage))
 
 
 def test_workdir_of_a_run(workdir, tiny, caplog):
@@ -191,14 +222,13 @@ def test_workdir_of_a_run(workdir, tiny, caplog):
         assert_bits_equal(found.variables, expected)
 
     # A damaged one is passed over and left alone: values that are not the saved ones, ...
-    meta = path / "checkpoints/5/meta/metadata"
-    sound = meta.read_text()
-    digests = json.loads(sound)["digests"]
-    meta.write_text(sound.replace(digests["params/head/bias"], "0123456789abcdef"))
+    sound = json.loads((path / "checkpoints/5/meta/metadata").read_text())
+    wrong = sound["digests"] | {"params/head/bias": "0123456789abcdef"}
+    rewrite_meta(path / "checkpoints/5", digests=wrong)
     assert weights.read(path).source.name == "3"
-    assert "checkpoints/5 is damaged: its digests are not those it was saved with" in caplog.text
+    assert "checkpoints/5 is damaged: the digest of params/head/bias is not the" in caplog.text
     assert weights.read(path, ema=True).source.name == "5"
-    meta.write_text(sound)
+    rewrite_meta(path / "checkpoints/5", digests=sound["digests"])
 
     # ... files that cannot be decoded.
     caplog.clear()
@@ -210,6 +240,18 @@ def test_workdir_of_a_run(workdir, tiny, caplog):
     assert weights.read(path).source.name == "3"
     assert "checkpoints/5 is damaged" in caplog.text
     assert sorted(path.rglob("*")) == before
+
+
+def test_workdirs_are_read_as_strictly_as_on_resume(workdir, caplog):
+    workdir(3)
+    path = workdir(5)
+    assert weights.read(path).step == 5
+    (path / "checkpoints/5").rename(path / "checkpoints/7")
+    assert weights.read(path).step == 3
+    assert "checkpoints/7 is damaged: it holds the state of batch 5" in caplog.text
+    rewrite_meta(path / "checkpoints/7", position=7, format=99)
+    with pytest.raises(UserError, match="7 has format 99, this program reads 1; use the version"):
+        weights.read(path)
 
 
 def test_workdir_without_what_is_asked_for(workdir, tmp_path):
@@ -319,7 +361,7 @@ def test_head_of_another_class_count_is_initialised_anew_and_said(tiny, tmp_path
 def test_merge_keeps_the_head_that_is_there(tiny):
     ours = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tiny.variables)
     ours["params"]["head"] = {"kernel": np.full((64, 3), 5.0), "bias": np.full(3, 6.0)}
-    merged = weights.merge(ours, tiny)
+    merged = fit.merge(ours, tiny)
     assert (merged["params"]["head"]["kernel"] == 5).all()
     assert (merged["params"]["head"]["bias"] == 6).all()
     theirs = tiny.variables | {

@@ -16,7 +16,7 @@ import torch
 
 import convert_torch_weights
 from benchmarks import torch_stvit
-from stvit_jax.checkpoints import weights
+from stvit_jax.checkpoints import fit, weights
 from stvit_jax.errors import UserError
 from stvit_jax.models.settings import abstract, create
 
@@ -149,7 +149,7 @@ def test_another_network_is_stated_once_and_verified(data_dir, golden_state, tmp
         *("--output", output, "--model", "stvit_small", "--verify", *flags),
     )
     assert "verify     PyTorch and Flax in float64: largest difference" in said
-    settings = weights.identify(weights.read(output)).settings
+    settings = fit.identify(weights.read(output)).settings
     assert settings["n_iter"] == overrides["n_iter"]
     assert settings["num_heads"] == overrides["num_heads"]
 
@@ -162,7 +162,7 @@ def test_verify_notices_other_heads():
         lambda x: np.asarray(rng.uniform(0.1, 1, x.shape) if x.ndim else 5, x.dtype),
         abstract(create(settings)),
     )
-    before = weights.identify(weights.Weights(variables, settings, Path("before"), {}))
+    before = fit.identify(weights.Weights(variables, settings, Path("before"), {}))
     after = dataclasses.replace(before, settings=before.settings | {"num_heads": [4]})
     assert "largest difference" in convert_torch_weights.compare(before, before)
     with pytest.raises(UserError, match="they do not agree"):

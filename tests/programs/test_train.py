@@ -15,7 +15,7 @@ import pytest
 
 import convert_torch_weights
 import stvit_jax
-from stvit_jax.checkpoints import weights
+from stvit_jax.checkpoints import fit, weights
 from stvit_jax.data.order import Order
 from stvit_jax.data.sources import open_source
 from stvit_jax.models import settings
@@ -94,10 +94,10 @@ def test_what_a_run_leaves(straight):
 
 def test_the_trained_network_really_samples(straight, digits_dir):
     """The association of the sampled stages is not the uniform 1/9."""
-    found = weights.identify(weights.read(straight))
+    found = fit.identify(weights.read(straight))
     model = settings.create(found.settings)
     source = open_source("tfds", "digits", str(digits_dir), train=False)
-    images = np.stack([stvit_jax.data.eval_image(source[i][0], 32) for i in range(8)])
+    images = np.stack([stvit_jax.data.eval_image(source[i]["image"], 32) for i in range(8)])
     apply = partial(model.apply, method="feature_maps", mutable=["intermediates"])
     _, state = jax.jit(apply)(found.variables, stvit_jax.data.normalize(images))
     for stage in ("layers_0", "layers_1"):
@@ -223,7 +223,7 @@ def test_a_corrupt_record_is_named_and_costs_no_step(start, straight, digits_dir
     file, record = source.where(index).split(", record ")
     sound = Path(file).read_bytes()
     damaged = bytearray(sound)
-    damaged[sound.index(source[index][0]) + 40] ^= 4
+    damaged[sound.index(source[index]["image"]) + 40] ^= 4
     Path(file).write_bytes(damaged)
 
     where = f"--config.data.dir={tmp_path / 'data'}"
@@ -248,7 +248,7 @@ def test_unreadable_images_are_counted_until_there_are_too_many(start, tmp_path)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"no image" if i in unreadable else picture(i, (32, 32), "PNG"))
     source = open_source("folder", "", str(tmp_path / "data"), train=True)
-    bad = [i for i in range(160) if source[i][0] == b"no image"]
+    bad = [i for i in range(160) if source[i]["image"] == b"no image"]
     order = Order(160, 64, repeats=1)
     batches = (order.images(s // 2, order.positions(s % 2, np.arange(64)))[0] for s in range(4))
     expected = np.cumsum([np.isin(batch, bad).sum() for batch in batches]).tolist()

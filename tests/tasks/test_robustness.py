@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stvit_jax import tasks
 from stvit_jax.checkpoints import weights
 from stvit_jax.checkpoints.weights import Weights
 from stvit_jax.config import base
@@ -16,9 +17,7 @@ from stvit_jax.data.normalization import normalize
 from stvit_jax.errors import UserError
 from stvit_jax.models.settings import complete
 from stvit_jax.models.stvit import STViT, create_model
-from stvit_jax.tasks import robustness
 from stvit_jax.tasks.robustness import accuracy, real_accuracy
-from stvit_jax.training.signals import Stop
 from tests.mini_sets import picture, prepare
 from tests.program import NARROW, NARROW_SETTINGS, Program, metrics, values
 
@@ -108,16 +107,16 @@ def evaluate(config: str, workdir: Path, path: Path, data_dir: Path, *flags: str
 
 def test_a_subset_leaves_other_classes_out() -> None:
     logits = np.array([[9.0, 1, 2, 8], [1, 5, 4, 9], [0, 3, 1, 2], [0, 1, 0, 0]])
-    labels, readable = np.array([2, 1, 1, 1]), np.array([True, True, True, False])
+    labels, readable = np.eye(4, dtype=bool)[[2, 1, 1, 1]], np.array([True, True, True, False])
     assert accuracy(logits, labels, readable)["top1"] == 1 / 4
-    found = accuracy(logits, labels, readable, np.array([1, 2]))
+    found = accuracy(logits, labels, readable, subset=True)
     assert found == {"top1": 3 / 4, "top5": 3 / 4, "classes": 2, "count": 4, "unreadable": 1}
 
 
 def test_real_takes_any_label_and_drops_the_unlabelled() -> None:
     logits = np.eye(4)[[0, 1, 2, 3, 3]]
-    sets = [np.array(labels, int) for labels in ([3, 0], [], [1], [3], [3])]
-    found = real_accuracy(logits, sets, np.array([True, True, True, True, False]))
+    labels = np.array([[k in right for k in range(4)] for right in ([3, 0], [], [1], [3], [3])])
+    found = real_accuracy(logits, labels, np.array([True, True, True, True, False]))
     assert found == {"top1": 2 / 4, "classes": 4, "count": 4, "unreadable": 1}
 
 
@@ -172,17 +171,14 @@ def test_a_version_keeps_the_rules_of_the_set(
 
 def test_mistakes_are_named(digits_dir: Path, tmp_path: Path) -> None:
     config = base()
-    config.data.dir = str(tmp_path)
-    config.robustness = ("imagenet_r",)
-    with pytest.raises(UserError, match="init_from is empty"):
-        robustness.run(config, tmp_path / "run", Stop())
-    config.init_from = "weights.pth"
+    config.eval_only, config.data.dir, config.robustness = True, str(tmp_path), ("imagenet_r",)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("data",))
     with pytest.raises(
         UserError,
         match=r"config.robustness: .*imagenet_r' is not prepared in .*download_and_prepare",
     ):
-        robustness.run(config, tmp_path / "run", Stop())
+        tasks.build(config, mesh)
     config.data.dir = str(digits_dir)
     config.robustness = ("digits",)
     with pytest.raises(UserError, match="'digits', which has 10 classes"):
-        robustness.run(config, tmp_path / "run", Stop())
+        tasks.build(config, mesh)

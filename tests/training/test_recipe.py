@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from stvit_jax import config as configs
-from stvit_jax import run
+from stvit_jax import run, tasks
 from stvit_jax.augment import augment_batch
-from stvit_jax.training import optimizer
-from stvit_jax.training import step as training
-from stvit_jax.training.signals import Stop
+from stvit_jax.data.order import Order
+from stvit_jax.training.meter import Plan
 from tests.program import NARROW_SETTINGS
 
 TRAIN = {
@@ -69,80 +70,43 @@ def test_the_configs_are_the_published_commands(name: str, argument: str) -> Non
     assert {field: configs.field_of(config, field) for field in expected} == expected
 
 
-class ReachedError(Exception):
-    """Everything is put together; nothing needs to be compiled."""
-
-
-@pytest.fixture
-def assembled(
-    monkeypatch: pytest.MonkeyPatch, digits_dir: Path, tmp_path: Path
-) -> Callable[[ConfigDict], dict[str, Any]]:
-    """Lets `run` put a training together; returns what the parts were given, by their names."""
-    seen: dict[str, Any] = {}
-
-    def record(owner: Any, name: str) -> None:
-        original = getattr(owner, name)
-
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            seen[name] = (args, kwargs)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, recorded)
-
-    def make_train_step(model: Any, tx: Any, **kwargs: Any) -> None:
-        seen["make_train_step"] = ((model, tx), kwargs)
-        raise ReachedError
-
-    record(run, "Order")
-    record(run, "train_batches")
-    record(optimizer, "adamw")
-    monkeypatch.setattr(training, "make_train_step", make_train_step)
-    monkeypatch.setattr(run, "_compile", lambda *_, **__: None)
-
-    def assembled(config: ConfigDict) -> dict[str, Any]:
-        config.model.name = "stvit_tiny"
-        config.model.update(NARROW_SETTINGS)
-        config.data.name, config.data.dir, config.data.workers = "digits", str(digits_dir), 0
-        with pytest.raises(ReachedError):
-            run.run(config, tmp_path / "run", Stop())
-        return seen
-
-    return assembled
-
-
-def test_every_field_reaches_the_training(assembled) -> None:
-    """With values that are nobody's default."""
+def base_of_a_run(digits_dir: Path) -> ConfigDict:
     config = configs.base()
+    config.model.name = "stvit_tiny"
+    config.model.update(NARROW_SETTINGS)
+    config.data.name, config.data.dir, config.data.workers = "digits", str(digits_dir), 0
     config.image_size, config.batch_size, config.group_size = 32, 64, 16
-    config.epochs, config.seed = 9, 5
-    config.learning_rate, config.min_learning_rate = 3e-4, 2e-5
-    config.warmup_learning_rate, config.warmup_epochs = 7e-6, 3
-    config.weight_decay, config.ema_decay, config.label_smoothing = 0.03, 0.9, 0.2
+    return config
+
+
+def mesh() -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.asarray(jax.devices()), ("data",))
+
+
+def partial_of(function: Callable) -> dict[str, Any]:
+    """What the functions of a task were made with, by name."""
+    contents = (cell.cell_contents for cell in function.__closure__)
+    return dict(zip(function.__code__.co_freevars, contents, strict=True))
+
+
+def test_every_field_reaches_the_task(digits_dir: Path) -> None:
+    """With values that are nobody's default."""
+    config = base_of_a_run(digits_dir)
+    config.epochs, config.label_smoothing = 9, 0.2
     config.augment.erasing_probability, config.augment.randaugment = 0.15, False
     config.data.repeats, config.data.flip = 2, False
     config.model.drop_path_rate, config.drop_path_schedule = 0.3, ((4, 0.7),)
     config.freeze_batch_norm = True
-    seen = assembled(config)
+    task = tasks.build(config, mesh())
 
-    assert seen["Order"] == ((1437, 64, 16, 2, 5), {})
+    made = partial_of(task.objective)
+    assert made["model"].group_size == 16 and made["model"].num_classes == 10
+    assert made["model"].dtype == jnp.bfloat16 and made["freeze_batch_norm"] is True
     steps = 1437 // 256 * 256 // 64
-    (source, order), given = seen["train_batches"]
-    assert len(source) == 1437 and order.steps_per_epoch == steps
-    assert (given["image_size"], given["flip"], given["start"]) == (32, False, 0)
-    ((learning_rate, weight_decay), _) = seen["adamw"]
-    assert weight_decay == 0.03
-    assert learning_rate(0) == learning_rate(2 * steps - 1) == 7e-6
-    base = 3e-4 * 64 / 512
-    assert learning_rate(2 * steps) == pytest.approx(7e-6 + (base - 7e-6) / 3, rel=1e-12)
-    assert learning_rate(10**6) == learning_rate(9 * steps - 1) < base
-
-    (model, _), step = seen["make_train_step"]
-    assert model.group_size == 16 and model.num_classes == 10
-    assert step["seed"] == 5 and step["ema_decay"] == 0.9 and step["freeze_batch_norm"] is True
-    assert [step["drop_path"](n) for n in (0, 4 * steps - 1, 4 * steps)] == [0.3, 0.3, 0.7]
-    augment = step["augment"]
-    assert augment.func is augment_batch and augment.args == ()
-    assert augment.keywords == {
+    rates = [made["drop_path"](n) for n in (0, 4 * steps - 1, 4 * steps)]
+    assert rates == [0.3, 0.3, 0.7]
+    assert made["augment"].func is augment_batch and made["augment"].args == ()
+    assert made["augment"].keywords == {
         "num_classes": 10,
         "group_size": 16,
         "label_smoothing": 0.2,
@@ -151,12 +115,38 @@ def test_every_field_reaches_the_training(assembled) -> None:
         "mixup": True,
         "mesh": None,
     }
+    assert task.classes == tuple("0123456789") and task.what == "stvit_tiny"
+    assert len(task.train.source) == 1437
+    assert task.train.load.keywords == {"image_size": 32, "flip": False, "classes": 10}
+    (evaluation,) = task.evaluations
+    assert len(evaluation.examples.source) == 360 and evaluation.name == "eval"
 
 
-def test_the_published_augmentation_is_on(assembled) -> None:
-    config = configs.base()
-    config.image_size, config.batch_size, config.group_size = 32, 64, 16
-    augment = assembled(config)["make_train_step"][1]["augment"].keywords
+def test_every_field_reaches_the_run(digits_dir: Path) -> None:
+    config = base_of_a_run(digits_dir)
+    config.data.repeats, config.epochs, config.seed, config.steps = 2, 9, 5, 70
+    config.learning_rate, config.min_learning_rate = 3e-4, 2e-5
+    config.warmup_learning_rate, config.warmup_epochs = 7e-6, 3
+    config.weight_decay, config.ema_decay = 0.03, 0.9
+    config.log_every, config.eval_every_epochs, config.checkpoint_every = 3, 2, 11
+    config.data.max_bad_fraction = 0.5
+    plans = run.Plans.of(config, tasks.build(config, mesh()))
+    assert plans.order == Order(1437, 64, 16, 2, 5)
+    steps = 1437 // 256 * 256 // 64
+    assert plans.plan == Plan(70, steps, 64, 3, 2 * steps, 11, 0.5)
+    rate = plans.learning_rate
+    assert rate(0) == rate(2 * steps - 1) == 7e-6
+    base = 3e-4 * 64 / 512
+    assert rate(2 * steps) == pytest.approx(7e-6 + (base - 7e-6) / 3, rel=1e-12)
+    assert rate(10**6) == rate(9 * steps - 1) < base
+    # One step of the optimiser with a gradient of zero: what is left is the decay.
+    params = {"kernel": jnp.ones(3)}
+    updates, _ = plans.tx.update({"kernel": jnp.zeros(3)}, plans.tx.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -7e-6 * 0.03, rtol=1e-6)
+
+
+def test_the_published_augmentation_is_on(digits_dir: Path) -> None:
+    augment = partial_of(tasks.build(base_of_a_run(digits_dir), mesh()).objective)["augment"]
     on = {"randaugment": True, "erasing_probability": 0.25, "mixup": True, "label_smoothing": 0.1}
-    assert augment.items() >= on.items()
-    assert jax.device_count() == 1 and augment["mesh"] is None
+    assert augment.keywords.items() >= on.items()
+    assert jax.device_count() == 1 and augment.keywords["mesh"] is None

@@ -1,5 +1,7 @@
 """The pure training step: what it changes and what it leaves alone."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,11 @@ from flax import linen as nn
 
 import stvit_jax
 from stvit_jax.augment import augment_batch
+from stvit_jax.tasks import classification
 from stvit_jax.training import optimizer
 from stvit_jax.training import step as training
+
+KEY = jax.random.key(0)
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +23,7 @@ def batch():
     return {
         "image": jnp.asarray(rng.integers(0, 256, (16, 32, 32, 3)), jnp.uint8),
         "label": jnp.asarray(rng.integers(0, 10, 16), jnp.int32),
-        "replaced": jnp.asarray([0] * 13 + [2, 1, 0], jnp.int32),
+        "unreadable": jnp.asarray([0] * 13 + [2, 1, 0], jnp.int32),
     }
 
 
@@ -59,13 +64,11 @@ def make(model, random_variables):
             **variables,
         )
         step = training.make_train_step(
-            model,
+            classification.objective(
+                model, augment, lambda step: jnp.where(step < 100, 0.0, 0.9), freeze
+            ),
             tx,
-            seed=0,
-            augment=augment,
-            drop_path=lambda step: jnp.where(step < 100, 0.0, 0.9),
             ema_decay=0.9,
-            freeze_batch_norm=freeze,
         )
         return state, jax.jit(step)
 
@@ -104,21 +107,16 @@ def test_keys_differ_between_steps_and_between_seeds(batch, part):
         return stvit_jax.data.normalize(images) + shift, jax.nn.one_hot(labels, 10)
 
     def loss(step, seed):
-        train_step = training.make_train_step(
-            model,
-            tx,
-            seed=seed,
-            augment=noisy,
-            drop_path=lambda step: 0.0,
-            ema_decay=0.0,
-            freeze_batch_norm=part == "augmentation",
+        objective = classification.objective(
+            model, noisy, lambda step: 0.0, freeze_batch_norm=part == "augmentation"
         )
+        train_step = training.make_train_step(objective, tx, ema_decay=0.0)
         key = jax.random.key(0)
         variables = jax.jit(model.init)(key, jnp.zeros((1, 32, 32, 3)))
         state = training.TrainState(
             jnp.int32(step), **variables, opt_state=tx.init(variables["params"]), ema={}
         )
-        return float(jax.jit(train_step)(state, batch)[1]["loss"])
+        return float(jax.jit(train_step)(state, batch, jax.random.key(seed))[1]["loss"])
 
     losses = [loss(step, seed) for step, seed in ((0, 0), (1, 0), (0, 1), (1, 1))]
     assert len(set(losses)) == 4
@@ -127,7 +125,7 @@ def test_keys_differ_between_steps_and_between_seeds(batch, part):
 
 def test_a_step_moves_everything_and_counts(plain, batch):
     state, step = plain
-    new, metrics = step(state, batch)
+    new, metrics = step(state, batch, KEY)
     assert int(new.step) == 1 and int(metrics["unreadable"]) == 2
     assert np.isfinite(metrics["loss"])
     assert all(moved(state.batch_stats, new.batch_stats))
@@ -144,7 +142,7 @@ def test_the_loss_falls_on_a_batch_seen_again(plain, batch):
     state, step = plain
     losses = []
     for _ in range(15):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, KEY)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.7 * losses[0]
 
@@ -153,7 +151,7 @@ def test_drop_path_follows_the_step_without_a_new_program(plain, batch):
     state, step = plain
 
     def loss(at):
-        return float(step(state.replace(step=jnp.int32(at)), batch)[1]["loss"])
+        return float(step(state.replace(step=jnp.int32(at)), batch, KEY)[1]["loss"])
 
     assert loss(0) == loss(99)  # no masks, and nothing else is random here
     assert loss(100) != loss(0) and loss(100) != loss(101)
@@ -162,7 +160,7 @@ def test_drop_path_follows_the_step_without_a_new_program(plain, batch):
 
 def test_frozen_batch_norm_keeps_statistics_and_trains_scales(model, make, batch):
     state, step = make(freeze=True)
-    new, metrics = step(state.replace(step=jnp.int32(100)), batch)
+    new, metrics = step(state.replace(step=jnp.int32(100)), batch, KEY)
     assert not any(moved(state.batch_stats, new.batch_stats))
     norm = new.params["layers_0"]["blocks_0"]["norm2"]
     assert all(moved(state.params["layers_0"]["blocks_0"]["norm2"], norm))
@@ -182,8 +180,9 @@ def test_evaluation_counts_masked_images_and_unreadable_ones_as_wrong(
     ranks = np.argsort(np.argsort(-logits, axis=-1), axis=-1)
     rank = ranks[np.arange(16), batch["label"]]
     mask, readable = np.arange(16) < 13, np.arange(16) != 4
-    sums = jax.jit(training.make_eval_step(model))(
-        variables, batch | {"mask": jnp.asarray(mask), "readable": jnp.asarray(readable)}
+    unreadable = jnp.asarray(~readable, jnp.int32)
+    sums = jax.jit(partial(classification.measure, model))(
+        variables, batch | {"mask": jnp.asarray(mask), "unreadable": unreadable}
     )
     valid = mask & readable
     assert int(sums["count"]) == 13 and int(sums["unreadable"]) == 1

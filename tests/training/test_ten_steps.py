@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from benchmarks import torch_stvit
 from stvit_jax import schedules, torch_weights
 from stvit_jax.models.stvit import create_model
+from stvit_jax.tasks import classification
 from stvit_jax.training import optimizer
 from stvit_jax.training import step as training
 
@@ -91,20 +92,14 @@ def train_jax(settings: dict, state: dict[str, np.ndarray], freeze: bool):
     )
     step = jax.jit(
         training.make_train_step(
-            model,
-            tx,
-            seed=0,
-            augment=augment,
-            drop_path=lambda _: 0.0,
-            ema_decay=EMA_DECAY,
-            freeze_batch_norm=freeze,
+            classification.objective(model, augment, lambda _: 0.0, freeze), tx, EMA_DECAY
         ),
         compiler_options=QUICK,
     )
     losses = []
     for images, labels in batches():
-        batch = {"image": images, "label": labels, "replaced": np.zeros(BATCH, np.int32)}
-        train_state, metrics = step(train_state, batch)
+        batch = {"image": images, "label": labels, "unreadable": np.zeros(BATCH, np.int32)}
+        train_state, metrics = step(train_state, batch, jax.random.key(0))
         losses.append(float(metrics["loss"]))
     return (
         losses,

@@ -1,0 +1,105 @@
+"""The one reader of a run's checkpoints: from the newest to the oldest, every bit verified."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from stvit_jax.checkpoints.digests import DamagedError, check, leaf_digests
+from stvit_jax.errors import UserError, listing, one_line
+from stvit_jax.trees import leaves
+
+PyTree = Any
+Select = Callable[[Path, dict[str, str]], PyTree]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The newest sound checkpoint.
+
+    Attributes:
+      position: batches consumed.
+      state: what was selected of it, every bit as saved.
+      notes: what the run kept with it; a run of an older version kept none.
+      damaged: positions of the newer ones, which are not sound.
+    """
+
+    position: int
+    state: PyTree
+    notes: dict[str, Any]
+    damaged: list[int]
+
+
+def positions(directory: Path) -> list[int]:
+    """Those of the checkpoints in a directory, newest first."""
+    names = (path.name for path in directory.iterdir())
+    return sorted((int(name) for name in names if re.fullmatch("[0-9]+", name)), reverse=True)
+
+
+def read_newest(directory: Path, select: Select) -> Found | None:
+    """Reads the newest checkpoint that verifies; each damaged one is named in one line.
+
+    Args:
+      directory: of a run's checkpoints; nothing in it is changed.
+      select: (path of a checkpoint, its leaves' forms) to what is wanted of it: a tree with paths
+        from the forms, its leaves `jax.ShapeDtypeStruct`s with shardings for arrays on devices, or
+        anything else for numpy arrays.
+
+    Returns:
+      None where there is no checkpoint.
+
+    Raises:
+      UserError: from `select`, of another version of the program, or none is sound.
+    """
+    damaged: list[int] = []
+    for position in positions(directory):
+        path = directory / str(position)
+        try:
+            return Found(position, *_read(path, position, select), damaged)
+        except UserError:
+            raise
+        except Exception as error:  # the readers raise anything on damaged files
+            logging.warning("checkpoint %s is damaged: %s", path, one_line(error))
+            damaged.append(position)
+    if damaged:
+        # Starting over is for the user to decide: the files may still be worth something.
+        raise UserError(
+            f"no checkpoint in {directory} is sound; bring back a copy, or remove that directory "
+            "to start from the beginning"
+        )
+    return None
+
+
+def _read(path: Path, position: int, select: Select) -> tuple[PyTree, dict[str, Any]]:
+    """Raises UserError where it is not what is wanted, anything else where it is damaged."""
+    path = path.absolute()  # Orbax takes no relative path
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        meta = checkpointer.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        check(meta, position)
+        wanted = select(path, meta["forms"])
+        restore_args = jax.tree.map(_restore_args, wanted)
+        args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
+        state = checkpointer.restore(path, args=ocp.args.Composite(state=args)).state
+    wide = any(leaf.dtype.itemsize == 8 for leaf in jax.tree.leaves(state))
+    with jax.enable_x64(wide or jax.config.jax_enable_x64):
+        digests, _ = leaf_digests(jax.tree.map(jnp.asarray, state))
+    if digests.keys() != leaves(wanted).keys():
+        raise DamagedError("it lacks some of what is listed in it")
+    if wrong := [leaf for leaf in digests if digests[leaf] != meta["digests"][leaf]]:
+        raise DamagedError(f"the digest of {listing(wrong, 3)} is not the one it was saved with")
+    return state, meta.get("notes", {})
+
+
+def _restore_args(leaf: Any) -> ocp.RestoreArgs:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return ocp.ArrayRestoreArgs(
+            sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
+        )
+    return ocp.RestoreArgs(restore_type=np.ndarray)

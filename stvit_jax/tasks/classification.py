@@ -1,0 +1,303 @@
+"""Image classification: a soft-target cross-entropy, top-1 and top-5.
+
+The objective augments on the device; the host only decodes, crops and flips.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from stvit_jax import schedules
+from stvit_jax.augment import augment_batch
+from stvit_jax.checkpoints import fit
+from stvit_jax.checkpoints.weights import Weights
+from stvit_jax.config import model_settings
+from stvit_jax.console import say, warn
+from stvit_jax.data import decode
+from stvit_jax.data.examples import Examples
+from stvit_jax.data.normalization import MEAN, STD, normalize
+from stvit_jax.data.order import Order
+from stvit_jax.data.sources import open_source
+from stvit_jax.errors import UserError, listing
+from stvit_jax.models.settings import images as input_of
+from stvit_jax.models.stvit import STViT, create_model
+from stvit_jax.tasks import robustness
+from stvit_jax.training.task import Batch, Evaluation, Metrics, Picture, Task, Variables
+
+Augment = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def task(config: ConfigDict, mesh: Mesh) -> Task:
+    """See `tasks.build`. Where the config only evaluates, the training split is not opened.
+
+    Raises:
+      UserError: as `tasks.build`.
+    """
+    open_split = partial(open_source, config.data.source, config.data.name, config.data.dir)
+    classes: tuple[str, ...] = ()
+    train, steps_per_epoch = None, 1
+    if not config.eval_only:  # sets that only test (imagenet_v2) have no other split
+        source = open_split(train=True)
+        classes = tuple(source.class_names)
+        train = examples(config, source, len(classes), train=True)
+        steps_per_epoch = Order(
+            len(source), config.batch_size, config.group_size, config.data.repeats
+        ).steps_per_epoch
+    if config.robustness:
+        model = create(config, robustness.CLASSES, "the robustness sets have")
+        evaluations = robustness.evaluations(config, model)
+    else:
+        source = open_split(train=False)
+        classes = tuple(source.class_names)
+        model = create(config, len(classes), f"{source.name} has")
+        evaluations = (evaluation(model, examples(config, source, len(classes), train=False)),)
+    augment = partial(
+        augment_batch,
+        num_classes=model.num_classes,
+        group_size=config.group_size,
+        label_smoothing=config.label_smoothing,
+        mesh=mesh if mesh.size > 1 else None,
+        **config.augment,
+    )
+    drop_path = schedules.drop_path(
+        config.model.drop_path_rate, config.drop_path_schedule, config.epochs, steps_per_epoch
+    )
+    return Task(
+        what=config.model.name,
+        classes=classes,
+        init=lambda key: model.lazy_init(key, input_of(model)),
+        train=train,
+        objective=objective(model, augment, drop_path, config.freeze_batch_norm),
+        evaluations=evaluations,
+        adopt=partial(adopt, model, classes),
+        sheet=partial(sheet, augment, classes, config.label_smoothing),
+    )
+
+
+def create(config: ConfigDict, classes: int, whose: str) -> STViT:
+    """The network of a config, for so many classes.
+
+    Raises:
+      UserError: settings that make no network, or state another number of classes.
+    """
+    settings = model_settings(config)
+    if settings.setdefault("num_classes", classes) != classes:
+        raise UserError(
+            f"config.model.num_classes is {config.model.num_classes}, but {whose} {classes} "
+            f"classes: leave it out, or set {classes}"
+        )
+    try:
+        return create_model(
+            config.model.name,
+            dtype=jnp.dtype(config.dtype),
+            group_size=config.group_size,
+            **settings,
+        )
+    except UserError as error:
+        raise UserError(f"config.model: {error}") from None
+
+
+def examples(config: ConfigDict, source: Any, classes: int, *, train: bool) -> Examples:
+    """Crops and labels of a source of labelled images."""
+    flip = config.data.flip if train else False
+    size = config.image_size
+    return Examples(
+        source,
+        partial(load, image_size=size, flip=flip, classes=classes),
+        {"image": ((size, size, 3), np.uint8), "label": ((), np.int32)},
+    )
+
+
+def load(
+    features: dict[str, Any],
+    rng: np.random.Generator | None,
+    *,
+    image_size: int,
+    flip: bool,
+    classes: int,
+) -> dict[str, Any]:
+    """The crop and the label of one example, on the host; `rng` None is evaluation.
+
+    Raises:
+      UnreadableImage: the image does not decode.
+      UserError: the label is not one of the classes.
+    """
+    label = features["label"]
+    if not 0 <= label < classes:
+        raise UserError(
+            f"a label is {label}, and the {classes} classes are 0 to {classes - 1}: a split whose "
+            "labels are withheld can neither be trained nor evaluated on; choose another data.name"
+        )
+    if rng is None:
+        image = decode.eval_image(features["image"], image_size)
+    else:
+        image = decode.train_image(features["image"], image_size, rng, flip)
+    return {"image": image, "label": label}
+
+
+def objective(
+    model: STViT, augment: Augment, drop_path: schedules.Schedule, freeze_batch_norm: bool
+) -> Callable:
+    """The loss of a batch, as `Task.objective`.
+
+    Args:
+      model: the network.
+      augment: (key, uint8 images, labels) to (network input, soft labels (B, K)).
+      drop_path: rate by step.
+      freeze_batch_norm: the published fine-tuning: inference mode, while all parameters train.
+    """
+
+    def loss(
+        params: Any, batch_stats: Any, batch: Batch, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
+        augment_key, dropout_key = jax.random.split(key)
+        images, targets = augment(augment_key, batch["image"], batch["label"])
+        variables = {"params": params, "batch_stats": batch_stats}
+        if freeze_batch_norm:
+            logits = model.apply(variables, images)
+        else:
+            logits, updated = model.apply(
+                variables,
+                images,
+                train=True,
+                drop_path_rate=drop_path(step),
+                mutable=["batch_stats"],
+                rngs={"dropout": dropout_key},
+            )
+            batch_stats = updated["batch_stats"]
+        return jnp.mean(optax.softmax_cross_entropy(logits, targets)), (batch_stats, {})
+
+    return loss
+
+
+def evaluation(model: STViT, evaluated: Examples) -> Evaluation:
+    """Top-1, top-5 and loss on a labelled set."""
+    return Evaluation("eval", evaluated, partial(measure, model), add, partial(finish), describe)
+
+
+def measure(model: STViT, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
+    """Sums over a batch: hits, losses (of the readable), counts. Unreadable images are wrong."""
+    logits = model.apply(variables, normalize(batch["image"]))
+    readable = batch["unreadable"] == 0
+    valid = batch["mask"] & readable
+    _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+    hits = (best == batch["label"][:, None]) & valid[:, None]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    return {
+        "count": jnp.sum(batch["mask"]),
+        "unreadable": jnp.sum(batch["mask"] & ~readable),
+        "top1": jnp.sum(hits[:, 0]),
+        "top5": jnp.sum(hits),
+        "loss": jnp.sum(jnp.where(valid, losses, 0)),
+    }
+
+
+def add(total: dict[str, float] | None, sums: dict[str, Any]) -> dict[str, float]:
+    """Joins sums by adding them."""
+    total = total or {}
+    return {key: total.get(key, 0.0) + float(value) for key, value in sums.items()}
+
+
+def finish(total: dict[str, float]) -> Metrics:
+    """Rates of the sums over a whole set.
+
+    Raises:
+      UserError: no image could be read, or the loss is not finite.
+    """
+    count, unreadable = int(total["count"]), int(total["unreadable"])
+    if count == unreadable:
+        raise UserError(
+            f"none of the {count} images to evaluate on can be read, so there is no result: look "
+            "at the files"
+        )
+    loss = total["loss"] / (count - unreadable)
+    if not np.isfinite(loss):
+        raise UserError(
+            f"the loss of the evaluation is {loss}, so there is no result: the weights are not "
+            "finite, or too large for config.dtype"
+        )
+    return {
+        "top1": total["top1"] / count,
+        "top5": total["top5"] / count,
+        "loss": loss,
+        "count": count,
+        "unreadable": unreadable,
+    }
+
+
+def describe(metrics: Metrics) -> str:
+    """One line of evaluation metrics."""
+    unreadable = int(metrics["unreadable"])
+    broken = f", {unreadable} of them unreadable" if unreadable else ""
+    return (
+        f"top-1 {metrics['top1']:.4f} top-5 {metrics['top5']:.4f} loss {metrics['loss']:.4f} "
+        f"({int(metrics['count'])} images{broken})"
+    )
+
+
+def adopt(
+    model: STViT, classes: tuple[str, ...], variables: Variables, found: Weights, exact: bool
+) -> Variables:
+    """Weights of any form in the place of `variables`; labels keep their meaning.
+
+    Where both sides know their classes, a head of the same ones in another order is put into ours;
+    one of other classes is started anew, or refused where `exact`.
+
+    Raises:
+      UserError: weights of another network or, if `exact`, of other classes.
+    """
+    fit.check_heads(model, found)
+    if exact and fit.has_other_head(variables, found):
+        raise UserError(
+            f"{found.source} has a head for another number of classes than {model.num_classes}, "
+            "those of the data: there is nothing to evaluate"
+        )
+    theirs = found.classes
+    merged = fit.merge(variables, found)
+    if not classes or not theirs or classes == theirs or len(classes) != len(theirs):
+        return merged
+    if set(classes) == set(theirs):
+        say(f"{found.source} has the same classes in another order; its head is put into ours")
+        order = np.array([theirs.index(name) for name in classes])
+        merged["params"]["head"] = jax.tree.map(
+            lambda x: np.asarray(x)[..., order], merged["params"]["head"]
+        )
+        return merged
+    i = next(i for i in range(len(classes)) if classes[i] != theirs[i])
+    differing = (
+        f"{found.source} was trained on other classes: its label {i} is {theirs[i]!r}, that of "
+        f"the data {classes[i]!r} (only there: {listing(sorted(set(theirs) - set(classes)), 3)})"
+    )
+    if exact and set(classes) & set(theirs):
+        raise UserError(f"{differing}: give the class folders the names that it was trained with")
+    if exact:
+        warn(f"{differing}; no name is shared, so label by label they are taken for the same")
+        return merged
+    say(f"{differing}; the head is re-initialised")
+    return merged | {"params": {**merged["params"], "head": variables["params"]["head"]}}
+
+
+def sheet(
+    augment: Augment,
+    classes: tuple[str, ...],
+    label_smoothing: float,
+    batch: dict[str, np.ndarray],
+    key: jax.Array,
+) -> list[list[Picture]]:
+    """Every example as the host cut it and as the device makes it, with its labels, as trained."""
+    images, targets = augment(jax.random.split(key)[0], batch["image"], batch["label"])
+    after = np.clip((np.asarray(images) * STD + MEAN) * 255 + 0.5, 0, 255).astype(np.uint8)
+    rows = []
+    for i, target in enumerate(np.asarray(targets)):
+        # The one or two labels that weigh more than the smoothing gives to all, heaviest first.
+        own = np.flatnonzero(target > label_smoothing / len(target) + 1e-6)
+        mixed = [f"{classes[k]}: {target[k]:.2f}" for k in sorted(own, key=lambda k: -target[k])]
+        rows.append([(batch["image"][i], [classes[batch["label"][i]]]), (after[i], mixed)])
+    return rows

@@ -1,0 +1,129 @@
+"""The house: imports between its rooms go one way, and a wing alone imports its libraries."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "stvit_jax"
+GROUND = {"errors", "console", "trees", "parallel"}
+HALL = {"run", "config", "command_line"}
+LEAVES = {"schedules", "torch_weights"}  # of the door, without weight
+WINGS = {"ops", "models", "data", "augment", "checkpoints", "training", "tasks"}
+
+# A room, or a wing, and what its files may import of the project; every one its own wing. The
+# longest name that fits counts.
+ARROWS = {
+    "errors": set(),
+    **dict.fromkeys(("console", "trees", "parallel"), {"errors"}),
+    "config": {"errors"},
+    "command_line": {"config"} | GROUND,
+    "run": {"tasks", "training", "checkpoints", "data", "config", "models.settings"}
+    | LEAVES
+    | GROUND,
+    "schedules": GROUND,
+    "torch_weights": GROUND,
+    "ops": GROUND,
+    "models": {"ops"} | GROUND,
+    "data": GROUND,
+    "augment": {"data.normalization"} | GROUND,
+    "checkpoints": {"models.settings", "models.stvit", "torch_weights"} | GROUND,
+    "training": {"checkpoints.manager", "schedules"} | GROUND,
+    "training.task": {"data.examples", "checkpoints.weights"},  # their types
+    "training.signals": {"console"},  # before anything heavy is imported
+    "tasks": {"models", "data", "augment", "checkpoints.fit", "checkpoints.weights", "config"}
+    | {"schedules", "training.task"}
+    | GROUND,
+    # Commands at the door, one thin file each; never `run`.
+    "": {"tasks", "models", "checkpoints", "data", "training.task", "command_line", "config"}
+    | LEAVES
+    | GROUND,
+}
+# A library, and the wings that alone import it.
+LIBRARIES = {
+    "flax": {"models", "training.step"},
+    "orbax": {"checkpoints"},
+    "safetensors": {"checkpoints"},
+    "torch": {"checkpoints"},
+    "grain": {"data"},
+    "tensorflow_datasets": {"data"},
+    "array_record": {"data"},
+    "PIL": {"data", "contact_sheet"},
+    "simplejpeg": {"data"},
+    "cykooz_resizer": {"data"},
+    "clu": {"training.metrics"},
+    "optax": {"training", "tasks", "run"},
+    "ml_collections": {"config", "command_line", "tasks", "run", "contact_sheet"},
+    "absl": {"command_line", "data", "checkpoints"},
+}
+# Loader workers and command lines import these: no JAX when they are imported.
+LIGHT = GROUND | {"config", "command_line", "data", "training.signals", "torch_weights"}
+
+
+def rooms() -> Iterator[tuple[str, Path]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if name := ".".join(part for part in parts if part != "__init__"):
+            yield name, path
+
+
+def imports(path: Path, top_level: bool = False) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import; `from x import y` counts as x.y."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def within(name: str, places: set[str]) -> bool:
+    return any(name == place or name.startswith(f"{place}.") for place in places)
+
+
+def row_of(room: str) -> str:
+    return max((row for row in ARROWS if not row or within(room, {row})), key=len)
+
+
+def violations(package: Iterator[tuple[str, Path]]) -> list[str]:
+    found = []
+    for room, path in package:
+        wing = room.split(".")[0]
+        own = {wing} if wing in WINGS else set()
+        for line, name in imports(path):
+            library, _, rest = name.partition(".")
+            if library == "stvit_jax" and rest and not within(rest, ARROWS[row_of(room)] | own):
+                found.append(f"{path.name}:{line}: {room} must not import {rest}")
+            if not within(room, LIBRARIES.get(library, {room})):
+                found.append(f"{path.name}:{line}: {room} must not import {library}")
+        for line, name in imports(path, top_level=True):
+            if name.split(".")[0] == "jax" and within(room, LIGHT):
+                found.append(f"{path.name}:{line}: {room} must not import JAX when it is imported")
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    assert not violations(rooms())
+
+
+@pytest.mark.parametrize(
+    "room, line",
+    [
+        ("training.loop", "from stvit_jax.tasks import classification"),
+        ("training.loop", "from stvit_jax.data.loader import Batches"),
+        ("data.order", "import jax"),
+        ("data.order", "from stvit_jax.models.stvit import STViT"),
+        ("ops.depthwise", "import flax.linen as nn"),
+        ("models.stvit", "def f():\n    from stvit_jax import run"),
+        ("summary", "from stvit_jax.run import run"),
+        ("errors", "from stvit_jax import console"),
+        ("checkpoints.fit", "from stvit_jax.training import loop"),
+        ("tasks.classification", "import torch"),
+    ],
+)
+def test_a_wrong_import_is_found(room: str, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "room.py"
+    path.write_text(f"{line}\n")
+    assert len(violations(iter([(room, path)]))) == 1
