@@ -6,7 +6,6 @@ random pictures for benchmarks. All of them pickle small, for the loader's proce
 
 import abc
 import contextlib
-from pathlib import Path
 from typing import Any
 
 from stvit_jax.errors import UserError, listing
@@ -87,7 +86,7 @@ def open_source(source: str, name: str, data_dir: str, *, train: bool) -> Source
     if source == "folder":
         from stvit_jax.data.sources.folder import open_folder
 
-        return open_folder(Path(data_dir), train=train)
+        return open_folder(data_dir, train=train)
     if source == "fake":
         from stvit_jax.data.sources.fake import open_fake
 
