@@ -5,7 +5,6 @@ random pictures for benchmarks. All of them pickle small, for the loader's proce
 """
 
 import abc
-import contextlib
 from typing import Any
 
 from stvit_jax.errors import UserError, listing
@@ -50,13 +49,18 @@ def check_labels(source: Source, what: str) -> None:
     """Looks at labels spread evenly over a split, `what` for messages.
 
     Raises:
-      UserError: some are none of its classes, as where a set withholds the labels of its test.
+      UserError: some are none of its classes, as where a set withholds the labels of its test; or
+        none can be read.
     """
-    labels = []
+    labels, fault = [], None
     for place in range(0, len(source), -(-len(source) // LOOKED_AT)):
-        # A damaged record is named when its turn comes: then what was learned before is saved.
-        with contextlib.suppress(UserError):
+        try:
             labels.append(source[place]["label"])
+        except UserError as error:
+            # A damaged record is named when its turn comes: what was learned before is saved then.
+            fault = error
+    if fault and not labels:
+        raise fault
     wrong = [label for label in labels if not 0 <= label < source.num_classes]
     if wrong:
         raise UserError(

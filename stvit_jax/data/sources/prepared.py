@@ -91,10 +91,6 @@ def _base(name: str) -> str:
     return re.split("[/:]", name)[0]
 
 
-def _where(data_dir: str) -> str:
-    return data_dir or f"{_root(data_dir)}, tfds's default,"
-
-
 def _check_name(name: str, data_dir: str) -> None:
     """Refuses what is no name of a set: nothing, a path, a part of a split, other characters."""
     from tensorflow_datasets.core import naming
@@ -205,8 +201,9 @@ def _unknown(name: str, data_dir: str) -> UserError:
     else:
         close = did_you_mean(plain, [*there, *known], most=3).rstrip()
     return UserError(
-        f"data.name {name!r} is not a tfds data set, and not prepared in {_where(data_dir)} "
-        f"(there: {listing(there)}): {close or 'correct data.name or data.dir'}"
+        f"data.name {name!r} is not a tfds data set, and not prepared in {root} ("
+        f"{'' if data_dir else 'the default of data.dir; '}there: {listing(there)}): "
+        f"{close or 'correct data.name or data.dir'}"
     )
 
 
