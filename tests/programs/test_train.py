@@ -133,6 +133,7 @@ def test_evaluation_alone_gives_the_same_counts_for_any_batch_size_and_device_co
 
 
 def test_converted_to_pth_and_back_it_evaluates_to_the_same_counts(start, straight, tmp_path):
+    pytest.importorskip("torch")
     pth, back = tmp_path / "weights.pth", tmp_path / "back"
     assert convert_torch_weights.main([str(straight), "--output", str(pth)]) == 0
     assert convert_torch_weights.main([str(pth), "--output", str(back)]) == 0
