@@ -67,7 +67,7 @@ def test_gradient_of_a_sharded_batch_needs_one_sum_over_devices():
     program = """
 import re, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from stvit_jax.depthwise import residual_depthwise3x3
+from stvit_jax.ops.depthwise import residual_depthwise3x3
 mesh = Mesh(np.array(jax.devices()), ("data",))
 split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
 def gradients(x, kernel, bias, dy):
