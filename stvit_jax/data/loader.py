@@ -5,12 +5,7 @@ which is tied to the number of workers, is never saved. Every example is a funct
 index, copy), so any number of workers and any split of a batch over processes give the same data.
 """
 
-import contextlib
 import gc
-import multiprocessing.connection
-import multiprocessing.resource_tracker
-import os
-import signal
 import threading
 import weakref
 from collections.abc import Iterator
@@ -20,6 +15,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from stvit_jax.data import processes
 from stvit_jax.data.examples import Batch, Examples
 from stvit_jax.data.order import Order
 from stvit_jax.data.parts import EvalPart, Part, TrainPart
@@ -95,9 +91,10 @@ class Batches(Iterator[Batch]):
         )
         if workers:
             parts = parts.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_init_worker
+                grain.MultiprocessingOptions(num_workers=workers),
+                worker_init_fn=processes.end_with_parent,
             )
-        self._parts = iter(parts)
+        self._parts = [iter(parts)]  # emptied by `close`: what Grain leaves fails at Python's end
         self._size = len(part.slots)
         self._started = False
         self._closing, self._lock = threading.Event(), threading.Lock()
@@ -108,15 +105,22 @@ class Batches(Iterator[Batch]):
         filled = 0
         with self._lock:
             while filled < self._size:
-                part = self._next_part()
-                count = len(part["mask"])
-                for key, rows in part.items():
-                    if key not in batch:
-                        batch[key] = np.empty((self._size, *rows.shape[1:]), rows.dtype)
-                    # Copied even if it is the whole batch: a worker's part is in shared memory.
-                    batch[key][filled : filled + count] = rows
-                filled += count
+                filled += self._add_part(batch, filled)
         return batch
+
+    def _add_part(self, batch: Batch, filled: int) -> int:
+        """Copies the next part to where it belongs; how many examples it has.
+
+        A worker's part is in shared memory: the frame of an exception, which may live on, must not
+        hold one.
+        """
+        part = self._next_part()
+        count = len(part["mask"])
+        for key, rows in part.items():
+            if key not in batch:
+                batch[key] = np.empty((self._size, *rows.shape[1:]), rows.dtype)
+            batch[key][filled : filled + count] = rows
+        return count
 
     def _next_part(self) -> Batch:
         if self._closing.is_set():
@@ -124,18 +128,17 @@ class Batches(Iterator[Batch]):
         if self._started:
             return self._guarded_next()
         self._started = True
-        with _signals_blocked():
+        with processes.signals_blocked():
             return self._guarded_next()
 
     def _guarded_next(self) -> Batch:
         try:
-            return next(self._parts)
-        except UserError as error:
-            error.__traceback__ = None  # its frames hold the last part, in shared memory
-            raise
+            return next(*self._parts)
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
                 raise
+            if self._closing.is_set():
+                raise StopIteration from None
             raise UserError(
                 "a loader worker was killed, by -9 usually for lack of memory, by -7 for lack of "
                 f"shared memory (/dev/shm): lower data.workers ({error})"
@@ -153,46 +156,21 @@ def _give_grain_its_flags() -> None:
                 flags.FLAGS[name].present = True
 
 
-def _close(closing: threading.Event, lock: threading.Lock, parts: Any) -> None:
+def _close(closing: threading.Event, lock: threading.Lock, holder: list[Any]) -> None:
+    """Ends threads and workers; those that hang, after PATIENCE."""
     closing.set()
-    with lock:  # a __next__ in another thread leaves after the part that it waits for
-        # Grain ends its workers one after another, a second each, and has no public way to end
-        # them together; without this attribute it is only slower.
-        workers = getattr(parts, "_iterators_in_use", ())  # None in place of one that has ended
-        closers = [threading.Thread(target=worker.close) for worker in workers if worker]
-        for closer in closers:
-            closer.start()
-        for closer in closers:
-            closer.join()
-        parts.close()
-    if workers:
+    (parts,) = holder
+    processes.resume(parts)
+    # A __next__ in another thread leaves after the part that it waits for, or with its worker.
+    # Where it hangs without workers, nothing can end it.
+    if lock.acquire(timeout=processes.PATIENCE) or (
+        processes.kill(parts) and lock.acquire(timeout=processes.PATIENCE)
+    ):
+        processes.close(parts)
+        lock.release()
+    parts.close()
+    holder.clear()
+    if hasattr(parts, "_iterators_in_use"):
         # An ended worker's last part stays in a cycle of an exception and frames, and with it
         # shared memory, of which Python would warn at the end of the program.
         gc.collect()
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Keeps SIGINT and SIGTERM from processes started inside, from their first instruction on.
-
-    A terminal's Ctrl-C and a scheduler's SIGTERM go to every process of a job, and the training
-    process, which must finish its step, needs its workers. A blocked signal stays blocked in
-    threads and processes that are started under it, Grain's starter threads included.
-    """
-    # Starting the tracker of shared memory would unblock the signals again.
-    multiprocessing.resource_tracker.ensure_running()
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)
-
-
-def _init_worker(index: int, count: int) -> None:
-    """Makes a worker end with its parent, however that ends."""
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)

@@ -1,34 +1,52 @@
 """Batches on the devices ahead of their use. JAX is imported where it is used, and only here."""
 
 import contextlib
+import gc
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from stvit_jax.data.loader import Batches
+from stvit_jax.data.processes import PATIENCE
+from stvit_jax.errors import Interrupted
+
+POLL = 0.1  # seconds
 
 
-def device_prefetch(batches: Batches, sharding: Any, size: int = 2) -> "DevicePrefetch":
+def device_prefetch(
+    batches: Batches,
+    sharding: Any,
+    *,
+    interrupted: Callable[[], bool] = lambda: False,
+    size: int = 2,
+) -> "DevicePrefetch":
     """Puts batches on the devices ahead of their use, from a thread that starts at once.
 
     Args:
       batches: of this process's share; closed with the result.
       sharding: of the leading axis of every array.
+      interrupted: asked while there is no batch to give, so that data that hang can be left.
       size: how many batches wait on the devices.
 
     Returns:
       an iterator of the batches as global `jax.Array`s, in order. Exceptions of `batches` arrive
-      where their batch would have been. It wants `close()`.
+      where their batch would have been. It wants `close()`, which takes seconds at most.
+
+    Raises, when iterated:
+      Interrupted: there was no batch, and `interrupted` said so.
     """
-    return DevicePrefetch(batches, sharding, size)
+    return DevicePrefetch(batches, sharding, interrupted, size)
 
 
 class DevicePrefetch(Iterator[dict[str, Any]]):
     """See `device_prefetch`."""
 
-    def __init__(self, batches: Batches, sharding: Any, size: int) -> None:
+    def __init__(
+        self, batches: Batches, sharding: Any, interrupted: Callable[[], bool], size: int
+    ) -> None:
+        self._interrupted = interrupted
         self._queue: queue.Queue = queue.Queue(size)
         stop = threading.Event()
         # The thread holds no reference to self: an iterator that is dropped is closed.
@@ -39,31 +57,37 @@ class DevicePrefetch(Iterator[dict[str, Any]]):
         self.close = weakref.finalize(self, _stop_ahead, batches, stop, thread)
 
     def __next__(self) -> dict[str, Any]:
-        if not self.close.alive:
-            raise StopIteration
-        batch, error = self._queue.get()
-        if error is not None:
-            self.close()
-            raise error
-        return batch
+        while self.close.alive:
+            try:
+                batch, error = self._queue.get(timeout=POLL)
+            except queue.Empty:
+                if self._interrupted():
+                    raise Interrupted from None
+                continue
+            if error is not None:
+                self.close()
+                raise error
+            return batch
+        raise StopIteration
 
 
 def _put_ahead(batches: Batches, sharding: Any, out: queue.Queue, stop: threading.Event) -> None:
-    import jax
-
     error: BaseException | None = None
     while error is None and not stop.is_set():
         item = None
         try:
+            import jax
+
             item = {
                 key: jax.make_array_from_process_local_data(sharding, array)
                 for key, array in next(batches).items()
             }
         except BaseException as raised:  # StopIteration too: it ends the iteration over there
-            error = raised
+            if not stop.is_set():  # then nobody asks any more
+                error = raised
         while not stop.is_set():
             with contextlib.suppress(queue.Full):
-                out.put((item, error), timeout=0.1)
+                out.put((item, error), timeout=POLL)
                 break
 
 
@@ -71,4 +95,5 @@ def _stop_ahead(batches: Batches, stop: threading.Event, thread: threading.Threa
     stop.set()
     if thread is not threading.current_thread():  # the garbage collector runs in any thread
         batches.close()
-        thread.join()
+        thread.join(PATIENCE)
+        gc.collect()  # what `batches.close` collects, once more: the thread may have held it

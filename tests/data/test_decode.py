@@ -13,6 +13,8 @@ from scipy import stats
 
 from stvit_jax.data import decode
 from stvit_jax.data.decode import UnreadableImage, eval_image, sample_crop, train_image
+from stvit_jax.data.signatures import HEAD, image_format
+from stvit_jax.errors import UserError
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "eval_transform.npz")
 BICUBIC = Image.Resampling.BICUBIC
@@ -102,6 +104,53 @@ def test_eval_image_is_resize_and_centre_crop(
     expected = expected.crop((left, top, left + image_size, top + image_size))
     wrong = difference(eval_image(data, image_size), expected)
     assert wrong.mean() <= 0.01 and wrong.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("data", "image_size", "words"),
+    [
+        ("dog.jpg", 224, "data is of type str: give the bytes"),
+        (Path("dog.jpg"), 224, "data is of type PosixPath: give the bytes"),
+        (np.zeros((8, 8, 3), np.uint8), 224, "data is of type ndarray: give the bytes"),
+        (encode(np.zeros((8, 8, 3), np.uint8)), 0, "image_size is 0: give a positive"),
+        (encode(np.zeros((8, 8, 3), np.uint8)), 32.0, r"image_size is 32\.0: give a positive"),
+    ],
+)
+def test_eval_image_of_something_else(data: object, image_size: object, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        eval_image(data, image_size)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "height", "width", "resized"),
+    [
+        (32, 8, 8, (32, 32)),
+        (32, 20, 41, (32, 32)),  # larger and smaller
+        (73, 32, 32, (83, 83)),
+        (224, 100, 90, (284, 256)),
+        (224, 200, 300, (256, 384)),
+        (224, 500, 100, (1280, 256)),
+        (384, 301, 222, (520, 384)),
+    ],
+)
+def test_an_enlarged_eval_image_is_pillows(
+    image_size: int, height: int, width: int, resized: tuple[int, int], resizer: str
+) -> None:
+    data = encode(photograph(0, height, width), "PNG")
+    left, top = (round((n - image_size) / 2) for n in resized[::-1])
+    expected = pillow(data).resize(resized[::-1], BICUBIC)
+    expected = expected.crop((left, top, left + image_size, top + image_size))
+    np.testing.assert_array_equal(eval_image(data, image_size), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 100_000), (100_000, 1)])
+def test_an_enlarged_line_takes_little_memory(shape: tuple[int, int]) -> None:
+    data = encode(np.full((*shape, 3), 9, np.uint8), "PNG")
+    tracemalloc.start()
+    assert (eval_image(data, 224) == 9).all()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000  # bytes; enlarged, the line would have 20 GB
 
 
 @pytest.mark.parametrize("vertical", [False, True])
@@ -279,6 +328,9 @@ SAME_AS_PILLOW = {
     "tiff": encode(picture("RGB"), "TIFF"),
     "tiff CMYK": encode(picture("CMYK"), "TIFF"),
     "webp": encode(picture("RGB"), "WEBP", lossless=True),
+    "avif": encode(picture("RGB"), "AVIF"),
+    "jpeg 2000": encode(picture("RGB"), "JPEG2000"),
+    "jpeg 2000 grey": encode(picture("L"), "JPEG2000"),
 }
 
 
@@ -314,6 +366,68 @@ def test_sixteen_bit_grey_is_scaled(kind: str) -> None:
     np.testing.assert_array_equal(image, np.repeat((values >> 8)[..., None], 3, axis=-1))
 
 
+def ramp(high: float, kind: type) -> np.ndarray:
+    """From 0 to `high`."""
+    return np.linspace(0, high, 1024).astype(kind).reshape(32, 32)
+
+
+RANGES = {
+    "float tiff, 0..1": ("TIFF", ramp(1, np.float32), 255),
+    "float tiff, 0..1 and a little": ("TIFF", ramp(1.0005, np.float32), 255),
+    "float tiff, 0..255": ("TIFF", ramp(255, np.float32), 1),
+    "int32 tiff, 0..255": ("TIFF", ramp(255, np.int32), 1),
+    "int32 tiff, 0..4095": ("TIFF", ramp(4095, np.int32), 1 / 16),
+    "int32 tiff, 0..65535": ("TIFF", ramp(65535, np.int32), 1 / 256),
+    "16-bit png, 0..255": ("PNG", ramp(255, np.uint16), 1),
+    "16-bit png, 0..1": ("PNG", ramp(1.5, np.uint16), 1),
+    "16-bit png, 0..4095": ("PNG", ramp(4095, np.uint16), 1 / 16),
+    "16-bit png, 0..4096": ("PNG", ramp(4096, np.uint16), 1 / 256),
+    "16-bit pgm, 0..255": ("PPM", ramp(255, np.uint16), 1),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_grey_is_scaled_by_its_range(name: str) -> None:
+    kind, values, factor = RANGES[name]
+    pixels = decode.decode_rgb(encode(values, kind))
+    expected = np.floor(values * factor).clip(0, 255)[..., None]
+    assert difference(pixels, expected).max() <= (1 if values.dtype.kind == "f" else 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (ramp(70000, np.int32), "from 0 to 70000"),
+        (ramp(255, np.int32) - 1, "from -1 to 254"),
+        (ramp(1.5, np.float32), "from 0 to 1.5"),
+        (ramp(1000, np.float32), "from 0 to 1000"),
+        (ramp(2, np.float32) - 1, "from -1 to 1"),
+        (ramp(1, np.float32) * np.nan, "from nan to nan"),
+    ],
+)
+def test_grey_of_no_known_scale_is_refused(values: np.ndarray, words: str) -> None:
+    with pytest.raises(UnreadableImage, match=f"grey values {words}, .*write it with 8 bits"):
+        eval_image(encode(values, "TIFF"), 32)
+
+
+def deep(kind: str, values: np.ndarray) -> bytes:
+    """16-bit colour, which Pillow does not write."""
+    height, width, channels = values.shape
+    if kind == "PNG":
+        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+        return png(width, height, 16, {2: 4, 3: 2, 4: 6}[channels], rows)
+    return b"P6 %d %d 65535\n" % (width, height) + values.astype(">u2").tobytes()
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("PNG", 2), ("PNG", 3), ("PNG", 4), ("PPM", 3)])
+def test_sixteen_bit_colour_that_would_be_black_is_refused(kind: str, channels: int) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (32, 32, channels))
+    with pytest.raises(UnreadableImage, match="16-bit colour that would be all but black"):
+        eval_image(deep(kind, values), 32)
+    values[0, 0, 0] = 5000
+    assert 18 < decode.decode_rgb(deep(kind, values)).max() < 21
+
+
 def test_sixteen_bit_colour_is_scaled() -> None:
     values = np.random.default_rng(0).integers(0, 65536, (32, 32, 3)).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in values)
@@ -331,11 +445,12 @@ def test_one_pixel(kind: str, image_size: int, resizer: str) -> None:
 
 JPEG = encode(photograph(7, 200, 300), quality=90)
 PNG = encode(photograph(7, 200, 300), "PNG")
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
 UNREADABLE = {
-    "empty": (b"", "no image"),
+    "empty": (b"", "no image that can be read, but an empty file"),
     "text": (b"404 not found", "404"),
     "noise": (np.random.default_rng(0).bytes(5000), "no image"),
-    "jpeg, nothing but a start": (JPEG[:2], "no image"),
+    "jpeg, nothing but a start": (JPEG[:3], "it starts as JPEG, and is damaged"),
     "jpeg, header only": (JPEG[:400], "OSError: .+"),
     "jpeg, half": (JPEG[: len(JPEG) // 2], "truncated"),
     "jpeg, all but a hundred bytes": (JPEG[:-100], "truncated"),
@@ -344,7 +459,23 @@ UNREADABLE = {
     "png, one byte wrong": (PNG[:5000] + bytes([PNG[5000] ^ 255]) + PNG[5001:], "OSError: .+"),
     "gif, half": (encode(photograph(7, 200, 300), "GIF")[:5000], "truncated"),
     "webp, half": (encode(photograph(7, 200, 300), "WEBP")[:5000], "OSError: .+"),
-    "program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n", "no image"),
+    "avif, half": (encode(photograph(7, 200, 300), "AVIF")[:2000], ".+"),
+    "jpeg 2000, half": (encode(photograph(7, 200, 300), "JPEG2000")[:5000], ".+"),
+    "program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n", "PostScri"),
+    "git-lfs": (POINTER, "but a git-lfs pointer"),
+    "git-annex": (b"/annex/objects/SHA256E-s1--2.jpg\n", "but a git-annex pointer"),
+    "html": (b"\n<!DOCTYPE html>\n<html><title>404</title>", "but an HTML page"),
+    "xml": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "but an XML document"),
+    "svg": (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing"),
+    "json": (b'{"error": "not found"}', "but JSON"),
+    "zeros": (bytes(5000), "but 5000 zero bytes"),
+    "macOS": (b"\0\5\26\7\0\2\0\0Mac OS X        ", "AppleDouble"),
+    "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "but HEIC"),
+    "film": (b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom", "but a film"),
+    "zip": (b"PK\3\4" + bytes(50), "but a zip archive"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(50), "but a compressed file"),
+    "pdf": (b"%PDF-1.7\n", "but a PDF document"),
+    "numpy": (b"\x93NUMPY\1\0", "but a NumPy array"),
 }
 
 
@@ -392,3 +523,16 @@ def test_a_defect_that_pillow_tolerates_is_tolerated() -> None:
     data = bytearray(JPEG)
     data[len(data) // 2] ^= 16
     np.testing.assert_array_equal(decode.decode_rgb(bytes(data)), pillow(bytes(data)))
+
+
+@pytest.mark.parametrize("name", SAME_AS_PILLOW)
+def test_every_format_is_known_by_its_first_bytes(name: str) -> None:
+    format_ = Image.open(io.BytesIO(SAME_AS_PILLOW[name])).format
+    assert image_format(SAME_AS_PILLOW[name][:HEAD]) == {"MPO": "JPEG"}.get(format_, format_)
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_is_no_image_is_not_taken_for_one(name: str) -> None:
+    start = name.split(",")[0].upper().replace(" ", "")
+    known = {"JPEG", "PNG", "GIF", "WEBP", "AVIF", "JPEG2000"}
+    assert image_format(UNREADABLE[name][0]) == (start if start in known else None)

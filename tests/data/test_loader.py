@@ -4,8 +4,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -23,6 +21,7 @@ from stvit_jax.data.prefetch import device_prefetch
 from stvit_jax.data.sources import Source, open_source
 from stvit_jax.errors import UserError
 from tests.data.labelled import SIZE, examples
+from tests.data.processes import run_script
 
 ROOT = Path(__file__).parents[2]
 SPOILT = [3, 4, 20, 21, 22]
@@ -122,7 +121,7 @@ def test_a_batch_is_as_the_spec_says(spoilt: Source, train: bool) -> None:
         assert {key: (rows.shape, rows.dtype) for key, rows in batch.items()} == spec
 
 
-def test_flags_of_the_user_stay_unparsed(digits_dir: Path) -> None:
+def test_flags_of_the_user_stay_unparsed(digits_dir: Path, tmp_path: Path) -> None:
     program = """
 import sys
 from absl import flags
@@ -141,21 +140,8 @@ if __name__ == "__main__":
     assert not flags.FLAGS.is_parsed()
     assert flags.FLAGS(["program", "--mine=given"]) == ["program"] and flags.FLAGS.mine == "given"
 """
-    done = run_script(program, digits_dir.parent, str(digits_dir))
+    done = run_script(program, tmp_path, digits_dir)
     assert done.returncode == 0, done.stderr
-
-
-def run_script(program: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Runs a program from a file, which worker processes import anew."""
-    script = folder / "script.py"
-    script.write_text(program)
-    return subprocess.run(
-        [sys.executable, script, *arguments],
-        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 def test_unreadable_images_are_replaced_by_the_next_position(
@@ -176,7 +162,7 @@ def test_unreadable_images_are_replaced_by_the_next_position(
     numbers = [int(Path(line.split(" does not decode: ")[0]).stem) for line in named]
     assert len(met) > 2 and met <= set(numbers) <= set(SPOILT)
     assert len(numbers) == len(set(numbers))
-    assert "are no image of a known format" in named[0]
+    assert "no known format" in named[0]
 
 
 def test_a_set_without_readable_images_stops(spoilt: Source, tmp_path: Path) -> None:
@@ -277,6 +263,82 @@ def test_device_prefetch_ends_and_is_closed_when_dropped(source: Source) -> None
     wait_until(lambda: not set(threading.enumerate()) - threads)
 
 
+HANGING = """
+import multiprocessing, os, signal, sys, time
+
+import jax
+from stvit_jax.data import processes
+from stvit_jax.data.loader import train_batches
+from stvit_jax.data.order import Order
+from stvit_jax.data.prefetch import device_prefetch
+from stvit_jax.data.sources import open_source
+from stvit_jax.errors import Interrupted
+from tests.data.labelled import examples
+
+HOW = sys.argv[2]
+
+
+class Hanging:
+    # A source that never gives an example, from one on.
+    def __init__(self, source, first):
+        self.source, self.first, self.name = source, first, source.name
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        while index >= self.first:
+            time.sleep(1)
+        return self.source[index]
+
+    def where(self, index):
+        return self.source.where(index)
+
+
+if __name__ == "__main__":
+    workers = int(sys.argv[3])
+    source = open_source("tfds", "digits", sys.argv[1], train=True)
+    if HOW != "stop":
+        source = Hanging(source, 0 if HOW == "hang at once" else 1400)
+    processes.PATIENCE = 2
+    batches = train_batches(examples(source), Order(1437, 64), workers=workers)
+    mesh = jax.make_mesh((1,), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    arrived = time.monotonic() + 3  # workers start
+    prefetched = device_prefetch(
+        batches, sharding, interrupted=lambda: time.monotonic() > arrived + 1
+    )
+    try:
+        while True:
+            next(prefetched)
+            arrived = time.monotonic()
+            assert len(processes.alive(batches._parts[0])) == workers
+            if HOW == "stop":
+                os.kill(multiprocessing.active_children()[-1].pid, signal.SIGSTOP)
+    except Interrupted:
+        print("interrupted", flush=True)
+    start = time.monotonic()
+    prefetched.close()
+    assert time.monotonic() - start < 20
+    if workers:
+        assert multiprocessing.active_children() == []
+    print("closed", flush=True)
+    if not workers:
+        os._exit(0)  # Python waits for a thread that hangs
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "workers"),
+    [("stop", 2), ("hang", 1), ("hang at once", 2), ("hang", 0)],
+)
+def test_data_that_hang_are_left(digits_dir: Path, tmp_path: Path, how: str, workers: int) -> None:
+    """A worker that somebody stopped, and one that waits for ever."""
+    done = run_script(HANGING, tmp_path, digits_dir, how, workers)
+    assert (done.returncode, done.stdout) == (0, "interrupted\nclosed\n"), done.stderr
+    assert done.stderr == ""  # Python would warn of shared memory that is not given back
+
+
 def wait_until(condition, seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -315,7 +377,7 @@ if __name__ == "__main__":
 def test_workers_ignore_signals_and_end_with_their_parent(
     digits_dir: Path, tmp_path: Path, end: str
 ) -> None:
-    ended = run_script(WORKERS_AND_SIGNALS, tmp_path, str(digits_dir), end)
+    ended = run_script(WORKERS_AND_SIGNALS, tmp_path, digits_dir, end)
     assert ended.returncode == (-9 if end == "kill" else 9), ended.stderr
     workers = ended.stdout.split()
     assert len(workers) == 2

@@ -5,10 +5,12 @@ random pictures for benchmarks. All of them pickle small, for the loader's proce
 """
 
 import abc
-from pathlib import Path
+import contextlib
 from typing import Any
 
-from stvit_jax.errors import UserError
+from stvit_jax.errors import UserError, listing
+
+LOOKED_AT = 256  # labels
 
 
 class Source(abc.ABC):
@@ -44,6 +46,26 @@ class Source(abc.ABC):
         """What a message calls an example: its file, and its place there."""
 
 
+def check_labels(source: Source, what: str) -> None:
+    """Looks at labels spread evenly over a split, `what` for messages.
+
+    Raises:
+      UserError: some are none of its classes, as where a set withholds the labels of its test.
+    """
+    labels = []
+    for place in range(0, len(source), -(-len(source) // LOOKED_AT)):
+        # A damaged record is named when its turn comes: then what was learned before is saved.
+        with contextlib.suppress(UserError):
+            labels.append(source[place]["label"])
+    wrong = [label for label in labels if not 0 <= label < source.num_classes]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} of the {len(labels)} labels looked at in {what} are none of its classes "
+            f"0..{source.num_classes - 1} (but {listing(sorted(set(wrong)))}): they are withheld "
+            "or wrong, choose another data set"
+        )
+
+
 def open_source(source: str, name: str, data_dir: str, *, train: bool) -> Source:
     """Opens one split of a set of images with class labels.
 
@@ -58,13 +80,13 @@ def open_source(source: str, name: str, data_dir: str, *, train: bool) -> Source
       UserError: there is no such set, or it is not prepared, or not one of labelled images.
     """
     if source == "tfds":
-        from stvit_jax.data.sources.tfds import open_tfds
+        from stvit_jax.data.sources.tfds import open_labelled
 
-        return open_tfds(name, data_dir, train=train, labelled=True)
+        return open_labelled(name, data_dir, train=train)
     if source == "folder":
         from stvit_jax.data.sources.folder import open_folder
 
-        return open_folder(Path(data_dir), train=train)
+        return open_folder(data_dir, train=train)
     if source == "fake":
         from stvit_jax.data.sources.fake import open_fake
 

@@ -1,25 +1,35 @@
-"""Class folders under `train/` and `val/`."""
+"""Class folders under `train/` and `val/`.
+
+The classes are the folders of `train/`, by name, or by number where all names are numbers (as in
+ImageNet-V2's folders). Without `val/` a tenth of the images is held out: which ones, their names
+decide, so that more images later change nothing about those that are there.
+"""
 
 import dataclasses
 import os
-from pathlib import Path
+import zlib
 from typing import Any
 
 import numpy as np
 
-from stvit_jax.console import Progress
+from stvit_jax.console import Progress, say
+from stvit_jax.data import files
 from stvit_jax.data.sources import Source
-from stvit_jax.errors import UserError, reason
+from stvit_jax.data.sources.scan import SUFFIXES, LeftOut, class_folders, images
+from stvit_jax.errors import UserError, listing
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+LAYOUT = "data.source=folder needs data.dir with class folders under train/ and val/"
+# What people call the folder to evaluate on, in lower case.
+LIKE_VAL = {"val", "valid", "validation", "test", "testing", "eval", "evaluation", "dev"}
+HELD_OUT = 10  # every how many-th image
 
 
 @dataclasses.dataclass(frozen=True)
 class FolderSource(Source):
-    """A split in class folders; a file's label is the rank of its folder's name.
+    """A split in class folders.
 
     Attributes:
-      class_names: folder names, sorted.
+      class_names: folder names, by label.
       root: the folder of the class folders.
       names: file names within their class folders, as bytes, sorted by class and name (one compact
         array: ImageNet's are 40 MB, and every loader process gets a copy).
@@ -44,50 +54,137 @@ class FolderSource(Source):
             with open(path, "rb") as file:
                 return {"image": file.read(), "label": int(self.labels[index])}
         except OSError as error:
-            raise UserError(f"cannot read {path} ({reason(error)}): restore the file") from error
+            raise files.fault(path, error) from error
 
     def where(self, index: int) -> str:
         folder = self.class_names[self.labels[index]]
         return os.path.join(self.root, folder, os.fsdecode(self.names[index]))
 
 
-def open_folder(root: Path, *, train: bool) -> FolderSource:
+def open_folder(data_dir: str, *, train: bool) -> FolderSource:
     """As `open_source`."""
-    folder, other = (root / "train", root / "val") if train else (root / "val", root / "train")
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder} does not exist: data.source=folder needs data.dir with class folders under "
-            "train/ and val/"
-        )
-    classes = _subfolders(folder)
+    there = _folders(data_dir)
+    train_root, val_root = os.path.join(data_dir, "train"), os.path.join(data_dir, "val")
+    like_val = [name for name in there if name.lower() in LIKE_VAL]
+    hold_out = "train" in there and not like_val
+    if ("train" if train else "val") not in there and not hold_out:
+        missing = train_root if train else val_root
+        raise UserError(f"{missing} does not exist {_instead(data_dir, there, train)}")
+    root = train_root if train or hold_out else val_root
+    left_out = LeftOut()
+    folders = class_folders(root, left_out)
+    classes = _in_order(folders if root == train_root or "train" not in there else _of(train_root))
     if not classes:
-        raise UserError(f"{folder} has no class folders: put one folder of images per class there")
-    if other.is_dir() and (different := sorted(set(classes) ^ set(_subfolders(other)))):
+        loose = f" (left out: {left_out})" if left_out else ""
         raise UserError(
-            f"{folder} and {other} have different classes (only in one: "
-            f"{', '.join(different[:3])}): make their class folders the same"
+            f"{root} has no class folders{loose}: put one folder of images per class there"
         )
+    if new := sorted(set(folders) - set(classes)):
+        raise UserError(
+            f"{root} has classes that {train_root} does not have ({listing(new)}): make their "
+            "class folders the same"
+        )
+
     names: list[bytes] = []
     labels: list[np.ndarray] = []
-    progress = Progress(f"listing the images in {folder}", len(classes))
+    empty: list[str] = []
+    progress = Progress(f"listing the images in {root}", len(classes))
     for label, name in enumerate(classes):
-        with os.scandir(folder / name) as entries:
-            files = sorted(
-                os.fsencode(entry.name)
-                for entry in entries
-                if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and entry.is_file()
-            )
-        if not files:
-            raise UserError(
-                f"{folder / name} holds no images: put some into it (not into folders inside), or "
-                "remove it"
-            )
-        names += files
-        labels.append(np.full(len(files), label, np.int32))
+        found = images(root, name, left_out) if name in folders else []
+        if hold_out:
+            found = _part(name, found, train)
+        if not found:
+            empty.append(name)
+        names += found
+        labels.append(np.full(len(found), label, np.int32))
         progress.update(label + 1)
-    return FolderSource(tuple(classes), str(folder), np.array(names), np.concatenate(labels))
+    if train and empty or not names:
+        raise _no_images(root, empty, left_out, hold_out and not train)
+    if left_out:
+        _say_once(f"left out in {root}: {left_out}")
+    if hold_out:
+        _say_once(f"{val_root} does not exist: a tenth of {train_root} is held out to evaluate on")
+    if empty:
+        where = "the held-out tenth" if hold_out else root
+        _say_once(
+            f"{where} has no images of {len(empty)} of {len(classes)} classes: {listing(empty)}"
+        )
+    return FolderSource(tuple(classes), root, np.array(names), np.concatenate(labels))
 
 
-def _subfolders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir())
+def _folders(data_dir: str) -> list[str]:
+    """Names of the folders in `data.dir`, sorted."""
+    if not data_dir:
+        raise UserError(f"data.dir is empty: {LAYOUT}")
+    if not os.path.lexists(data_dir):
+        raise UserError(f"data.dir {data_dir} does not exist: correct it; {LAYOUT}")
+    if os.path.isfile(data_dir):
+        raise UserError(f"data.dir {data_dir} is a file: {LAYOUT}")
+    return sorted(_of(data_dir))
+
+
+def _of(root: str) -> list[str]:
+    return class_folders(root, LeftOut())
+
+
+def _instead(data_dir: str, there: list[str], train: bool) -> str:
+    """What is in place of a missing `train/` or `val/`, and the remedy."""
+    found = f"(there: {listing(f'{name}/' for name in there)}): "
+    if train:
+        like = [name for name in there if name.lower() in ("train", "training")]
+    else:
+        like = [name for name in there if name.lower() in LIKE_VAL]
+    if like:
+        return f"{found}rename {like[0]} to {'train' if train else 'val'}; {LAYOUT}"
+    above, last = os.path.split(os.path.abspath(data_dir))
+    if last in ("train", "val"):
+        return f"{found}set data.dir={above}"
+    for name in there:
+        if os.path.isdir(os.path.join(data_dir, name, "train")):
+            return f"{found}set data.dir={os.path.join(data_dir, name)}"
+    return found + LAYOUT
+
+
+def _in_order(names: list[str]) -> list[str]:
+    by_name = sorted(names)
+    if not all(name.isascii() and name.isdecimal() for name in names):
+        return by_name
+    by_number = sorted(names, key=lambda name: (int(name), name))
+    if by_number != by_name:
+        _say_once(
+            f"all class folders have numbers for names: their order is that of the numbers "
+            f"({', '.join(by_number[:3])}, ..., {by_number[-1]}), not that of the text"
+        )
+    return by_number
+
+
+def _part(folder: str, names: list[bytes], train: bool) -> list[bytes]:
+    """Those of a class's images that are to be trained on, or those that are held out."""
+    held_out = [zlib.crc32(os.fsencode(folder) + b"/" + name) % HELD_OUT == 0 for name in names]
+    if all(held_out):  # nothing would be left to learn the class from
+        held_out = [False] * len(names)
+    return [name for name, held in zip(names, held_out, strict=True) if held != train]
+
+
+def _no_images(root: str, empty: list[str], left_out: LeftOut, held_out: bool) -> UserError:
+    if held_out:
+        return UserError(
+            f"{root} has too few images to hold some out: add images, or put some into val/ beside "
+            "it"
+        )
+    where = listing(os.path.join(root, name) for name in empty)
+    there = f" (left out: {left_out})" if left_out else ""
+    return UserError(
+        f"{where} {'holds' if len(empty) == 1 else 'hold'} no images{there}: put some into it (not "
+        f"into folders inside), or remove it; files count that end in {' '.join(sorted(SUFFIXES))}"
+    )
+
+
+_said: set[str] = set()
+
+
+def _say_once(line: str) -> None:
+    """A line about a folder that is opened to train, and again to evaluate."""
+    if line not in _said:
+        _said.add(line)
+        say(line)

@@ -1,0 +1,123 @@
+"""What of a folder counts: class folders, images in them, and an account of what is left out.
+
+Hidden and system files are neither. An image is told by its suffix; a file without suffix, by its
+first bytes. Nothing is left out without a word.
+"""
+
+import collections
+import errno
+import os
+
+from stvit_jax.data import files
+from stvit_jax.data.signatures import HEAD, image_format
+from stvit_jax.errors import listing, one_line
+
+# Of the formats that `decode` reads.
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2 .j2k .jpc"
+    " .jpf .jpx".split()
+)
+SYSTEM = frozenset(
+    "__macosx @eadir #recycle @recycle $recycle.bin lost+found thumbs.db ehthumbs.db"
+    " desktop.ini".split()
+) | {"icon\r", "system volume information"}
+
+
+class LeftOut:
+    """How many of which kinds were left out, and the first of each."""
+
+    def __init__(self) -> None:
+        self._count: collections.Counter[str] = collections.Counter()
+        self._first: dict[str, str] = {}
+
+    def add(self, kind: str, path: str) -> None:
+        """One more of a kind."""
+        self._count[kind] += 1
+        self._first.setdefault(kind, path)
+
+    def __bool__(self) -> bool:
+        return bool(self._count)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{count} {kind} ({one_line(self._first[kind], 100)}{', ...' if count > 1 else ''})"
+            for kind, count in self._count.most_common()
+        ]
+        return listing(parts)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name is that of a hidden file or folder, or one that systems make by themselves."""
+    return name.startswith((".", "~$")) or name.lower() in SYSTEM
+
+
+def class_folders(root: str, left_out: LeftOut) -> list[str]:
+    """Names of the folders in `root`, in no order.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    found = []
+    for entry in _entries(root):
+        if is_hidden(entry.name):
+            left_out.add("hidden or made by the system", entry.name)
+        elif (kind := _kind(entry)) == "folder":
+            found.append(entry.name)
+        else:
+            left_out.add(f"{kind}s beside the class folders", entry.name)
+    return found
+
+
+def images(root: str, folder: str, left_out: LeftOut) -> list[bytes]:
+    """Names of the images in a class folder of `root`, sorted.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    found = []
+    for entry in _entries(os.path.join(root, folder)):
+        suffix = os.path.splitext(entry.name)[1].lower()
+        path = os.path.join(folder, entry.name)
+        if is_hidden(entry.name):
+            left_out.add("hidden or made by the system", path)
+        elif (kind := _kind(entry)) == "folder":
+            left_out.add("folders inside of class folders", path)
+        elif kind != "file":
+            left_out.add(f"{kind}s", path)
+        elif suffix in SUFFIXES or (not suffix and _starts_as_image(entry.path)):
+            found.append(os.fsencode(entry.name))
+        elif suffix:
+            left_out.add(f"files of suffix {suffix[:12]}", path)
+        else:
+            left_out.add("files without suffix that are no images", path)
+    return sorted(found)
+
+
+def _entries(folder: str) -> list[os.DirEntry]:
+    try:
+        os.stat(os.path.join(folder, os.curdir))  # as for its files, the right to search it
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise files.fault(folder, error) from error
+
+
+def _kind(entry: os.DirEntry) -> str:
+    """`file`, `folder`, `broken link` or `special file`, links followed."""
+    try:
+        if entry.is_file():
+            return "file"
+        if entry.is_dir():
+            return "folder"
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise files.fault(entry.path, error) from error
+    return "broken link" if entry.is_symlink() else "special file"
+
+
+def _starts_as_image(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return image_format(file.read(HEAD)) is not None
+    except OSError as error:
+        raise files.fault(path, error) from error
