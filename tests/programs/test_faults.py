@@ -127,6 +127,24 @@ def test_every_signal_that_asks_to_stop_saves(start, folders, tmp_path, name) ->
     assert f"stopped at step {saved.name} of 30000, saved" in program.output
 
 
+def test_data_that_hang_do_not_keep_a_run_from_stopping(start, folders, tmp_path) -> None:
+    program = start(tmp_path, folders, *ENDLESS, "--config.data.workers=1")
+    program.read_until(r"step 4/")
+    workers = [pid for pid in program.children() if "spawn_main" in command_of(pid)]
+    assert len(workers) == 1
+    os.kill(workers[0], signal.SIGSTOP)
+    time.sleep(3)  # what was loaded before is used up, and the run waits
+    program.send(signal.SIGTERM)
+    assert program.wait(30) == 75, program.output
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert f"stopped at step {saved.name} of 30000, saved" in program.output
+    assert not Path(f"/proc/{workers[0]}").exists()
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+
+
 def test_a_run_under_nohup_outlives_its_terminal(start, folders, tmp_path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited
     try:
