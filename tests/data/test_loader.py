@@ -275,7 +275,7 @@ from stvit_jax.data.sources import open_source
 from stvit_jax.errors import Interrupted
 from tests.data.labelled import examples
 
-HOW = sys.argv[2]
+HOW, HANGS = sys.argv[2], sys.argv[4]
 
 
 class Hanging:
@@ -288,6 +288,7 @@ class Hanging:
 
     def __getitem__(self, index):
         while index >= self.first:
+            open(HANGS, "w").close()
             time.sleep(1)
         return self.source[index]
 
@@ -304,17 +305,14 @@ if __name__ == "__main__":
     batches = train_batches(examples(source), Order(1437, 64), workers=workers)
     mesh = jax.make_mesh((1,), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    arrived = time.monotonic() + 3  # workers start
-    prefetched = device_prefetch(
-        batches, sharding, interrupted=lambda: time.monotonic() > arrived + 1
-    )
+    prefetched = device_prefetch(batches, sharding, interrupted=lambda: os.path.exists(HANGS))
     try:
         while True:
             next(prefetched)
-            arrived = time.monotonic()
             assert len(processes.alive(batches._parts[0])) == workers
             if HOW == "stop":
                 os.kill(multiprocessing.active_children()[-1].pid, signal.SIGSTOP)
+                open(HANGS, "w").close()
     except Interrupted:
         print("interrupted", flush=True)
     start = time.monotonic()
@@ -334,7 +332,7 @@ if __name__ == "__main__":
 )
 def test_data_that_hang_are_left(digits_dir: Path, tmp_path: Path, how: str, workers: int) -> None:
     """A worker that somebody stopped, and one that waits for ever."""
-    done = run_script(HANGING, tmp_path, digits_dir, how, workers)
+    done = run_script(HANGING, tmp_path, digits_dir, how, workers, tmp_path / "hangs")
     assert (done.returncode, done.stdout) == (0, "interrupted\nclosed\n"), done.stderr
     assert done.stderr == ""  # Python would warn of shared memory that is not given back
 
