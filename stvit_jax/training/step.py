@@ -85,7 +85,7 @@ def make_train_step(
             )
         metrics = {
             "loss": loss,
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
             # The first readable example after a damaged one stands in for it.
             "unreadable": jnp.sum(batch["unreadable"] > 0),
         }
