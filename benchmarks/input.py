@@ -23,7 +23,6 @@ import io
 import itertools
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -34,6 +33,7 @@ import numpy as np
 from PIL import Image
 
 from stvit_jax.augment import augment_batch
+from stvit_jax.command_line import entry
 from stvit_jax.console import say
 from stvit_jax.data.decode import decode_rgb, train_image
 from stvit_jax.data.examples import Examples
@@ -202,7 +202,4 @@ def _import_published() -> tuple:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    entry(main)

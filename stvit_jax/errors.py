@@ -42,6 +42,16 @@ def reason(error: OSError) -> str:
     return one_line(error.strerror or error)
 
 
+def kind_of(value: object) -> str:
+    """What stands where an array should: `uint8 (2, 32, 32, 3)`, or the name of its type."""
+    kind = type(value)
+    if kind.__module__ == "torch":
+        return f"a torch.{kind.__name__}"
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return f"of type {kind.__name__}"
+
+
 def listing(names: Iterable[object], most: int = MOST_NAMES) -> str:
     """The first names, and how many more there are; `none` where there are none."""
     names = list(names)

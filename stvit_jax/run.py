@@ -264,7 +264,7 @@ def _evaluate(config: ConfigDict, where: Path, task: Task, evaluator: Evaluator,
 
 
 def _prefetched(batches: Any, mesh: Mesh, stop: Stop) -> DevicePrefetch:
-    return device_prefetch(batches, parallel.by_image(mesh))
+    return device_prefetch(batches, parallel.by_image(mesh), interrupted=lambda: stop.requested)
 
 
 def _open_workdir(config: ConfigDict, where: Path, task: Task) -> None:

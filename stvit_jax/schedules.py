@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stvit_jax.errors import UserError
+
 Schedule = Callable[[int | jax.Array], float | jax.Array]
 
 
@@ -33,7 +35,10 @@ def learning_rate(
       steps_per_epoch: optimiser steps in an epoch.
 
     Returns:
-      A function of the 0-based step: a float of a Python integer, an array of a traced one.
+      A function of the 0-based step: a float of an integer, an array of an array.
+
+    Raises:
+      UserError: no epoch, or no step in one.
     """
 
     def of(t: int) -> float:
@@ -47,7 +52,17 @@ def learning_rate(
 def drop_path(
     rate: float, changes: Sequence[tuple[int, float]], epochs: int, steps_per_epoch: int
 ) -> Schedule:
-    """Drop-path rate of a step: `rate`, then from each (epoch, rate) of `changes` on, its rate."""
+    """The drop-path rate of a step.
+
+    Args:
+      rate: of the first epochs.
+      changes: (epoch, rate): from that epoch on, that rate.
+      epochs: of the run.
+      steps_per_epoch: optimiser steps in an epoch.
+
+    Returns:
+      A function of the 0-based step, as `learning_rate` returns it.
+    """
     rates = [rate] * epochs
     for start, changed in sorted(changes):
         rates[start:] = [changed] * len(rates[start:])
@@ -57,11 +72,18 @@ def drop_path(
 def by_epoch(values: Sequence[float], steps_per_epoch: int) -> Schedule:
     """`values[epoch]` of a step; the last value holds past the end."""
     table = np.asarray(values, np.float64)
+    if not len(table) or steps_per_epoch < 1:
+        raise UserError(
+            f"a schedule of {len(table)} epochs of {steps_per_epoch} steps has no step: "
+            "both must be at least 1"
+        )
 
     def of_step(step: int | jax.Array) -> float | jax.Array:
         epoch = step // steps_per_epoch
         if isinstance(step, jax.Array):
             return jnp.asarray(table)[jnp.minimum(epoch, len(table) - 1)]
+        if isinstance(step, np.ndarray):
+            return table[np.minimum(epoch, len(table) - 1)]
         return float(table[min(epoch, len(table) - 1)])
 
     return of_step

@@ -1,7 +1,9 @@
 """What all tests share: the platform, golden numbers, float64."""
 
+import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,19 @@ from stvit_jax.data import digits
 from tests.golden.golden_weights import weight
 
 DATA = Path(__file__).parent / "golden"
+
+# The newest Python that is tested has no small PyTorch: there the comparisons with it are left out.
+WITHOUT_TORCH = importlib.util.find_spec("torch") is None
+collect_ignore = [
+    str(path)
+    for path in Path(__file__).parent.rglob("test_*.py")
+    if WITHOUT_TORCH and re.search(r"^import torch$", path.read_text(), re.MULTILINE)
+]
+
+
+def pytest_report_header() -> str:
+    """Says what is left out."""
+    return f"PyTorch is missing: {len(collect_ignore)} files left out" if WITHOUT_TORCH else ""
 
 
 @pytest.fixture

@@ -60,6 +60,12 @@ class Program:
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
+    def children(self) -> list[int]:
+        """Ids of the processes that it has started."""
+        pid = self._process.pid
+        tasks = Path(f"/proc/{pid}/task").glob("*/children")
+        return [int(child) for task in tasks for child in task.read_text().split()]
+
     def wait(self, timeout: float = 300) -> int:
         output, _ = self._process.communicate(timeout=timeout)
         self.output += output

@@ -27,6 +27,7 @@ ARROWS = {
     "ops": GROUND,
     "models": {"ops"} | GROUND,
     "data": GROUND,
+    **dict.fromkeys(("data.array_record", "data.mnist"), {"command_line"} | GROUND),  # commands
     "augment": {"data.normalization"} | GROUND,
     "checkpoints": {"models.settings", "models.stvit", "torch_weights"} | GROUND,
     "training": {"checkpoints.manager", "schedules"} | GROUND,

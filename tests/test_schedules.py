@@ -4,14 +4,16 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from stvit_jax import schedules
+from stvit_jax.errors import UserError
 
 RECIPES = {  # base, minimum, warm-up from, warm-up epochs, epochs
     "train_300_lr1e-3": (1e-3, 1e-5, 1e-6, 5, 300),
-    "finetune_30": (5e-6, 5e-6, 5e-6, 0, 30),
-    "train_20_warm3": (1e-3, 1e-5, 1e-6, 3, 20),
+    "finetune_30_lr5e-6": (5e-6, 5e-6, 5e-6, 0, 30),
+    "train_20_lr1e-3_warm3": (1e-3, 1e-5, 1e-6, 3, 20),
 }
 
 
@@ -21,25 +23,40 @@ def golden(data_dir):
 
 
 def test_every_golden_schedule_is_known(golden):
-    assert len(golden) == len(RECIPES)
+    assert golden.keys() == RECIPES.keys()
 
 
-@pytest.mark.parametrize("recipe", range(3))
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_learning_rate_of_every_epoch_is_the_published_one(golden, recipe):
-    rates = list(golden.values())[recipe]
-    rate = schedules.learning_rate(*list(RECIPES.values())[recipe], steps_per_epoch=7)
-    for epoch, expected in enumerate(rates):
+    rate = schedules.learning_rate(*RECIPES[recipe], steps_per_epoch=7)
+    assert len(golden[recipe]) == RECIPES[recipe][-1]
+    for epoch, expected in enumerate(golden[recipe]):
         for step in (7 * epoch, 7 * epoch + 6):
             assert rate(step) == pytest.approx(expected, rel=1e-12), epoch
 
 
-def test_traced_steps_give_the_same_numbers():
+def test_traced_steps_and_arrays_give_the_same_numbers():
     rate = schedules.learning_rate(1e-3, 1e-5, 1e-6, 3, 20, 5)
+    expected = [rate(step) for step in range(110)]
     traced = jax.jit(jax.vmap(rate))(jnp.arange(110))
-    assert traced.tolist() == pytest.approx([rate(step) for step in range(110)], rel=1e-6)
+    assert traced.tolist() == pytest.approx(expected, rel=1e-6)
+    assert rate(np.arange(110)).tolist() == expected
+    assert [rate(np.int64(step)) for step in range(110)] == expected
+
+
+@pytest.mark.parametrize("epochs, steps_per_epoch", [(0, 5), (20, 0), (20, -1)])
+def test_a_schedule_without_a_step_is_refused(epochs, steps_per_epoch):
+    for schedule in (
+        lambda: schedules.learning_rate(1e-3, 1e-5, 1e-6, 3, epochs, steps_per_epoch),
+        lambda: schedules.drop_path(0.1, (), epochs, steps_per_epoch),
+    ):
+        with pytest.raises(UserError, match=f"{epochs} epochs of {steps_per_epoch} steps"):
+            schedule()
 
 
 def test_drop_path_changes_at_its_epochs():
     rate = schedules.drop_path(0.4, ((260, 0.6),), epochs=300, steps_per_epoch=10)
     assert [rate(0), rate(2599), rate(2600), rate(2999)] == [0.4, 0.4, 0.6, 0.6]
     assert schedules.drop_path(0.1, (), 3, 10)(29) == 0.1
+    back = schedules.drop_path(0.1, ((2, 0.3), (1, 0.2)), epochs=3, steps_per_epoch=10)
+    assert [back(9), back(10), back(20), back(10**6)] == [0.1, 0.2, 0.3, 0.3]

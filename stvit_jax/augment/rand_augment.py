@@ -7,8 +7,9 @@ The fifteen ops (`catalogue.py`) are three families, and a sample has at most on
   SolarizeAdd, Brightness, Contrast),
 - `blends.py`: the image against a smoother version of itself (Color, Sharpness).
 
-What each op computes is what Pillow computes. Departures: float32 where Pillow uses double, hence a
-level of difference on a few pixels; and Posterize to 0 bits is black, where new Pillow raises.
+What each op computes is what Pillow computes, to the level; but for affine ops and AutoContrast,
+where float32 stands for Pillow's doubles and a few pixels are a level off, and for Posterize to 0
+bits, which is black, where new Pillow raises.
 
 Tables and blends run over the whole batch in one pass, with identity parameters where another
 family was drawn. The affine gather and Equalize's histogram cost far more per pixel and are needed
@@ -24,12 +25,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from stvit_jax.augment import affine, blends, tables
 from stvit_jax.augment.catalogue import MAX_MAGNITUDE, NO_OP, OPS, is_one_of
 from stvit_jax.augment.pixels import CHANNELS, pack, unpack
-from stvit_jax.errors import UserError
+from stvit_jax.errors import UserError, kind_of, one_line
 
 _CHUNK = 16  # samples that `_where_chosen` takes at a time: enough pixels to fill a GPU
 
@@ -40,6 +42,7 @@ class Draws(NamedTuple):
     op: jax.Array  # int32, index into OPS, or NO_OP
     magnitude: jax.Array  # float32, 0..10
     sign: jax.Array  # float32, -1 or 1, ignored by ops without a sign
+    factor: jax.Array  # float32, 0.1..1.9: what magnitude and sign mean to a blend
 
 
 def rand_augment(
@@ -83,32 +86,49 @@ def draw(
     prob: float,
 ) -> Draws:
     """The random choices of `rand_augment` for `batch` samples."""
-
     uniform_key, normal_key = jax.random.split(key)
     which, applied, negative = jnp.moveaxis(
         jax.random.uniform(uniform_key, (batch, num_ops, 3), jnp.float32), -1, 0
     )
     deviation = jax.random.normal(normal_key, (batch, num_ops), jnp.float32)
     op = jnp.floor(which * len(OPS)).astype(jnp.int32)
+    magnitude = jnp.clip(magnitude + magnitude_std * deviation, 0.0, MAX_MAGNITUDE)
+    sign = jnp.where(negative < 0.5, jnp.float32(-1), jnp.float32(1))
     return Draws(
-        jnp.where(applied < prob, op, NO_OP),
-        jnp.clip(magnitude + magnitude_std * deviation, 0.0, MAX_MAGNITUDE),
-        jnp.where(negative < 0.5, jnp.float32(-1), jnp.float32(1)),
+        jnp.where(applied < prob, op, NO_OP), magnitude, sign, blends.factor_of(magnitude, sign)
     )
 
 
 def apply_op(image: jax.Array, op: str, magnitude: float, negate: bool) -> jax.Array:
     """One op by its name in `OPS` on one uint8 image (H, W, 3), same shape and type out.
 
-    `magnitude` is in 0..10; `negate` turns the sign of ops that have one. Runs the code of
-    `rand_augment` on a batch of one. Raises `UserError` for an unknown op.
+    Runs the code of `rand_augment` on a batch of one. `magnitude` may be a double: the factor of a
+    blend is formed in double here, the other arguments in float32.
+
+    Args:
+      image: a NumPy or JAX array.
+      op: one of `OPS`.
+      magnitude: in 0..10.
+      negate: turns the sign of ops that have one.
+
+    Raises:
+      UserError: an unknown op, no such image, or a magnitude outside 0..10.
     """
     if op not in OPS:
-        raise UserError(f"unknown RandAugment op {op!r}: use one of {', '.join(OPS)}")
+        raise UserError(f"unknown RandAugment op {one_line(repr(op))}: use one of {', '.join(OPS)}")
+    is_image = isinstance(image, np.ndarray | jax.Array) and image.dtype == np.uint8
+    if not (is_image and image.size and image.ndim == 3 and image.shape[2] == 3):
+        raise UserError(f"the image is {kind_of(image)}; apply_op takes uint8 (H, W, 3)")
+    magnitude = magnitude.item() if getattr(magnitude, "shape", None) == () else magnitude
+    if not (isinstance(magnitude, int | float) and 0 <= magnitude <= MAX_MAGNITUDE):
+        raise UserError(
+            f"the magnitude is {one_line(repr(magnitude))}; it must be a number in 0..10"
+        )
+    sign = -1.0 if negate else 1.0
+    values = (magnitude, sign, max(0.1, 1 + sign * 0.09 * magnitude))
     draws = Draws(
         jnp.full((1, 1), OPS.index(op), jnp.int32),
-        jnp.full((1, 1), magnitude, jnp.float32),
-        jnp.full((1, 1), -1 if negate else 1, jnp.float32),
+        *(jnp.full((1, 1), value, jnp.float32) for value in values),
     )
     return _apply_draws_jit(jnp.asarray(image)[None], draws)[0]
 
@@ -128,10 +148,9 @@ _apply_draws_jit = jax.jit(apply_draws)
 
 
 def _apply_round(
-    packed: jax.Array, op: jax.Array, magnitude: jax.Array, sign: jax.Array
+    packed: jax.Array, op: jax.Array, magnitude: jax.Array, sign: jax.Array, factor: jax.Array
 ) -> jax.Array:
-    """One op, or none, on each packed image (B, H, W); `op`, `magnitude`, `sign` are (B,)."""
-    factor = jnp.maximum(0.1, 1 + 0.09 * sign * magnitude)
+    """One op, or none, on each packed image (B, H, W); all else is (B,), as in `Draws`."""
     looked_up = tables.op_tables(packed, op, magnitude, factor)
     looked_up = _where_chosen(
         tables.equalize_tables, is_one_of(op, "Equalize"), (packed,), looked_up

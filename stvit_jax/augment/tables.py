@@ -41,7 +41,8 @@ def op_tables(
 
     discarded_bits = 4 + (0.4 * magnitude).astype(jnp.int32)
     threshold = 256 - (25.6 * magnitude).astype(jnp.int32)
-    added = (11 * magnitude).astype(jnp.int32)
+    steps = (magnitude * 2**27).astype(jnp.int32)  # float32 would round 11 m up to the next integer
+    added = 11 * (steps >> 27) + (11 * (steps & 2**27 - 1) >> 27)
 
     pixels = packed.shape[1] * packed.shape[2]
     total = jnp.sum(grey(packed).astype(jnp.int32), axis=(1, 2), dtype=jnp.int32)

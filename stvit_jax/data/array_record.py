@@ -8,7 +8,6 @@ without apache-beam, which downgrades other packages.
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,7 +83,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    from stvit_jax.command_line import entry
+
+    entry(main)

@@ -8,7 +8,6 @@ MNIST, Fashion-MNIST and their kin are published; FOLDER gets `train/` and `val/
 import argparse
 import gzip
 import shutil
-import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,7 +88,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    from stvit_jax.command_line import entry
+
+    entry(main)

@@ -49,7 +49,8 @@ class BatchNorm(nn.Module):
     param_dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:  # (B, H, W, C)
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Normalises (B, H, W, C) by the groups' statistics, or the running ones; dtype `dtype`."""
         c = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (c,), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (c,), self.param_dtype)
@@ -84,12 +85,13 @@ class BatchNorm(nn.Module):
 
 
 class ResidualDepthwise(nn.Module):
-    """x + depthwise 3x3 convolution of x, biased."""
+    """A biased depthwise 3x3 convolution and its residual."""
 
     param_dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:  # (B, H, W, C)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Adds to `x` (B, H, W, C) its convolution."""
         c = x.shape[-1]
         kernel = self.param("kernel", uniform_fan_in(9), (3, 3, 1, c), self.param_dtype)
         bias = self.param("bias", uniform_fan_in(9), (c,), self.param_dtype)
@@ -98,16 +100,21 @@ class ResidualDepthwise(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """Makes every layer of one network: dtypes, initialisers and norms are stated here only."""
+    """Makes every layer of one network: dtypes, initialisers and norms are stated here only.
+
+    `name` is that of the layer in the variables; None where the caller's attribute names it.
+    """
 
     dtype: Dtype
     group_size: int
 
     @property
     def param_dtype(self) -> Dtype:
+        """That of parameters and statistics: at least float32."""
         return wide(self.dtype)
 
     def conv3x3(self, c_in: int, c_out: int, stride: int, name: str) -> nn.Conv:
+        """A biased 3x3 convolution, padded with one zero on all sides."""
         init = uniform_fan_in(9 * c_in)
         return nn.Conv(
             c_out,
@@ -122,6 +129,7 @@ class Layers:
         )
 
     def conv1x1(self, c_in: int, c_out: int, name: str | None, use_bias: bool = True) -> nn.Dense:
+        """A 1x1 convolution, initialised as one."""
         init = uniform_fan_in(c_in)
         return nn.Dense(
             c_out,
@@ -134,6 +142,7 @@ class Layers:
         )
 
     def linear(self, c_out: int, name: str | None) -> nn.Dense:
+        """A Linear layer, initialised as one; it computes in at least float32."""
         return nn.Dense(
             c_out,
             dtype=wide(self.dtype),
@@ -143,10 +152,13 @@ class Layers:
         )
 
     def depthwise(self, name: str) -> ResidualDepthwise:
+        """A depthwise 3x3 convolution with its residual."""
         return ResidualDepthwise(self.param_dtype, name=name)
 
     def layer_norm(self, name: str) -> nn.LayerNorm:
+        """LayerNorm over the channels, eps 1e-6."""
         return nn.LayerNorm(1e-6, self.dtype, self.param_dtype, use_fast_variance=False, name=name)
 
     def batch_norm(self, name: str | None) -> BatchNorm:
+        """BatchNorm per group of images."""
         return BatchNorm(self.group_size, self.dtype, self.param_dtype, name=name)

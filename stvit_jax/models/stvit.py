@@ -1,10 +1,11 @@
 """STViT in Flax Linen, leaf to root, and the table of its variants.
 
 Vision Transformer with Super Token Sampling, CVPR 2023, arXiv 2211.11167 (there: SViT-S/B/L). The
-mathematics of sampling is in `super_tokens.py`, the leaf layers are in `layers.py`.
-Modules are named after the published checkpoint, so that `torch_weights.py` stays a table.
+mathematics of sampling is in `ops/super_tokens.py`, the leaf layers are in `layers.py`, and what
+users may give is in `checks.py`. Modules are named after the published checkpoint, so that
+`torch_weights.py` stays a table.
 
-Departures from the published code, none of which changes a number at equal input:
+Departures from the published code, none of which changes a number of one device in float32:
 - BatchNorm can take its statistics per group of `group_size` images, which puts a group in the
   place of a device of the published multi-GPU training; running statistics then take the mean
   over all groups (published: device 0's only).
@@ -23,7 +24,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from stvit_jax.errors import UserError, did_you_mean, listing, one_line
+from stvit_jax.errors import UserError, did_you_mean, kind_of, listing, one_line
+from stvit_jax.models import checks
 from stvit_jax.models.layers import Dtype, Layers
 from stvit_jax.ops import super_tokens
 from stvit_jax.ops.precision import wide
@@ -68,6 +70,7 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Embeds images (B, H, W, in_chans) as (B, H/4, W/4, dim), sizes rounded up."""
         c = self.in_chans
         for i, (width, stride) in enumerate(
             ((self.dim // 2, 2), (self.dim // 2, 1), (self.dim, 2), (self.dim, 1))
@@ -86,6 +89,7 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Takes (B, H, W, C) to (B, H/2, W/2, dim), sizes rounded up."""
         x = self.make.conv3x3(x.shape[-1], self.dim, 2, name="proj_0")(x)
         return self.make.batch_norm(name="proj_1")(x, train=train)
 
@@ -103,7 +107,8 @@ class SuperTokenAttention(nn.Module):
     qkv_bias: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:  # (B, H, W, C)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Attends within the map `x` (B, H, W, C)."""
         if self.stoken_size == 1:
             return self.attend(x)
         _, height, width, _ = x.shape
@@ -112,6 +117,7 @@ class SuperTokenAttention(nn.Module):
         return super_tokens.spread(self.attend(tokens), association, height, width)
 
     def attend(self, x: jax.Array) -> jax.Array:
+        """Multi-head self-attention of all tokens of `x` (B, H, W, C)."""
         b, height, width, c = x.shape
         h, d = self.num_heads, c // self.num_heads
         qkv = self.make.conv1x1(c, 3 * c, "qkv", self.qkv_bias)(x)
@@ -132,6 +138,7 @@ class ConvFFN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (B, H, W, C) to the same shape."""
         c = x.shape[-1]
         x = gelu(self.make.conv1x1(c, self.hidden, "fc1")(x))
         x = self.make.depthwise("conv")(x)
@@ -152,6 +159,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, drop_path_rate: Rate, *, train: bool) -> jax.Array:
+        """Maps (B, H, W, C) to the same shape; both branches have the one rate."""
         c = x.shape[-1]
         x = self.make.depthwise("pos_embed")(x)
         y = SuperTokenAttention(
@@ -163,6 +171,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.scale(y, "gamma_2"), drop_path_rate, train)
 
     def scale(self, y: jax.Array, name: str) -> jax.Array:
+        """Layer scale by the parameter `name`, where the stage has it."""
         if not self.layerscale:
             return y
         init = nn.initializers.constant(self.init_values)
@@ -179,10 +188,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks of one width, and the way to the next stage.
-
-    Returns the map before downsampling, (B, H, W, C), and the next stage's input (None: no next).
-    """
+    """The blocks of one width, and the way to the next stage."""
 
     make: Layers
     depth: int
@@ -195,6 +201,7 @@ class Stage(nn.Module):
     def __call__(
         self, x: jax.Array, drop_path_rate: Rate, *, train: bool
     ) -> tuple[jax.Array, jax.Array | None]:
+        """The map before downsampling, (B, H, W, C), and the next stage's input (None: no next)."""
         for i in range(self.depth):
             position = (self.first_block + i) / max(self.num_blocks - 1, 1)
             rate = drop_path_rate * position if position else 0.0
@@ -228,6 +235,7 @@ class STViT(nn.Module):
     group_size: int = 0
 
     def setup(self) -> None:
+        """Makes the modules; their names are those of the published checkpoint."""
         make = Layers(self.dtype, self.group_size)
         self.patch_embed = PatchEmbed(make, self.in_chans, self.embed_dim[0])
         self.layers = [
@@ -265,8 +273,12 @@ class STViT(nn.Module):
 
         Returns:
           The four maps at the end of each stage, before downsampling: strides 4, 8, 16, 32.
+
+        Raises:
+          UserError: images, variables or a way to call that the network cannot take.
         """
         rate = self.drop_path_rate if drop_path_rate is None else drop_path_rate
+        checks.call_fits(self, images, train=train, drop_path_rate=rate)
         x = self.patch_embed(images.astype(self.dtype), train=train)
         maps = []
         for stage in self.layers:
@@ -299,11 +311,15 @@ def create_model(name: str, **overrides: Any) -> STViT:
 
     Args:
       name: one of `list_models()`.
-      **overrides: fields of `STViT`, by the published names.
+      **overrides: fields of `STViT`, by the published names; numbers may be NumPy's, and what is
+        stated per stage any sequence.
 
     Raises:
-      UserError: unknown name or field, or fields that do not fit together.
+      UserError: an unknown name or field, a value that a field cannot have, or fields that do not
+        fit together.
     """
+    if not isinstance(name, str):
+        raise UserError(f"a model's name is {kind_of(name)}; known: {listing(list_models())}")
     if name not in VARIANTS:
         hint = did_you_mean(repr(name), map(repr, VARIANTS))
         raise UserError(f"unknown model {one_line(name)!r}; {hint}known: {listing(list_models())}")
@@ -314,26 +330,6 @@ def create_model(name: str, **overrides: Any) -> STViT:
             known = listing(sorted(fields), 20)
             raise UserError(f"unknown model setting {field!r}; {hint}known: {known}")
     settings = VARIANTS[name] | overrides
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    model = STViT(**settings)
-    _check(model)
+    model = STViT(**{field: checks.setting(field, value) for field, value in settings.items()})
+    checks.settings_fit(model)
     return model
-
-
-def _check(model: STViT) -> None:
-    stages = len(model.embed_dim)
-    for field in ("depths", "num_heads", "n_iter", "stoken_size", "layerscale"):
-        values = getattr(model, field)
-        if len(values) != stages:
-            raise UserError(f"model.{field} has {len(values)} stages, embed_dim has {stages}")
-        if field != "layerscale" and min(values) < 1:
-            raise UserError(f"model.{field} is {values}; every stage needs at least 1")
-    for dim, heads in zip(model.embed_dim, model.num_heads, strict=True):
-        if dim % heads:
-            raise UserError(f"model.embed_dim {dim} is not divisible by its num_heads {heads}")
-    if model.embed_dim[0] % 2:
-        raise UserError(f"model.embed_dim starts with {model.embed_dim[0]}; the stem needs it even")
-    if not 0 <= model.drop_path_rate < 1:
-        raise UserError(f"model.drop_path_rate is {model.drop_path_rate}; it must be in [0, 1)")
-    if model.num_classes < 1:
-        raise UserError(f"model.num_classes is {model.num_classes}; it must be at least 1")

@@ -3,17 +3,25 @@
 The network has it twice a block (positional encoding; inside the conv-FFN on 4C channels), always
 with the residual, which therefore lives inside: one is added to the centre tap. It is written as
 nine shifted multiply-adds, because libraries' depthwise convolutions are slow on CPU and, for the
-weight gradient above all, on GPU. The gradient is written out, so that the weight gradient is one
-fused reduction with several results, and nothing but `x` is kept for it.
+weight gradient above all, on GPU.
+
+Everything is made of plain operations, so that derivatives of any order work in both modes. Only
+the derivative by x is written out: it decides what the gradient compiles to.
+
+Shapes: B images, H x W pixels, C channels.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from stvit_jax.ops.precision import wide
 
+_CENTRE = 4  # of the nine taps in row-major order
 
-@jax.custom_vjp
+
+@partial(jax.checkpoint, prevent_cse=False)  # the gradient keeps x, not its nine shifts
 def residual_depthwise3x3(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """x + depthwise convolution of x with `kernel` + `bias`, padded with one zero on all sides.
 
@@ -23,44 +31,46 @@ def residual_depthwise3x3(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> j
       bias: (C,).
 
     Returns:
-      (B, H, W, C) in the dtype of `x`; sums are in at least float32.
+      (B, H, W, C) in the dtype of `x`; sums are in at least float32, in the gradient too.
     """
-    return (_correlate(x, _with_identity(kernel, x.dtype)) + bias).astype(x.dtype)
+    taps = kernel.reshape(9, -1).astype(wide(x.dtype)).at[_CENTRE].add(1)
+    return _correlate(x, jnp.concatenate([taps, bias[None].astype(taps.dtype)]))
 
 
-def _forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, tuple]:
-    return residual_depthwise3x3(x, kernel, bias), (x, kernel, bias)
-
-
-def _backward(saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, kernel, bias = saved
-    dx = _correlate(dy, _with_identity(kernel, x.dtype)[::-1, ::-1]).astype(x.dtype)
-    dy = dy.astype(wide(dy.dtype))
-    # One reduction with ten results reads x and dy once; ten reductions take five times as long.
-    # It stays within an image, and so within a device; the sum over images is the one all-reduce.
-    terms = (*(tap * dy for tap in _shifts(x)), dy)
-    zeros = (jnp.zeros((), dy.dtype),) * len(terms)
-    sums = jax.lax.reduce(terms, zeros, lambda a, b: tuple(map(jnp.add, a, b)), (1, 2))
-    *taps, dbias = jnp.sum(jnp.stack(sums), axis=1)
-    dkernel = jnp.stack(taps).reshape(kernel.shape)
-    return dx, dkernel.astype(kernel.dtype), dbias.astype(bias.dtype)
-
-
-residual_depthwise3x3.defvjp(_forward, _backward)
-
-
-def _with_identity(kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """(3, 3, C) taps in at least float32, with one added at the centre."""
-    return jnp.asarray(kernel[:, :, 0], wide(dtype)).at[1, 1].add(1)
-
-
-def _shifts(x: jax.Array) -> list[jax.Array]:
-    """The nine shifted views of `x` that meet the taps in row-major order, at least float32."""
-    _, h, w, _ = x.shape
+@jax.custom_jvp
+def _correlate(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """Nine taps on the shifts of x, and the bias; `weights` (10, C) are at least float32."""
+    b, h, w, c = x.shape
+    # Per image, so that the gradients of the ten are sums within an image, and so within a device,
+    # before the one over images. Ten plain sums each: as one reduction with ten results they need
+    # more shared memory than a GPU has, and products that are stacked first are all written out.
+    weights = jnp.broadcast_to(weights[None, :, None], (b, 10, 1, c))
+    *taps, bias = jnp.split(weights, 10, axis=1)  # (B, 1, 1, C) each
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(wide(x.dtype))
-    return [padded[:, dy : dy + h, dx : dx + w] for dy in range(3) for dx in range(3)]
+    shifts = [padded[:, dy : dy + h, dx : dx + w] for dy in range(3) for dx in range(3)]
+    products = (tap * shift for tap, shift in zip(taps, shifts, strict=True))
+    return (sum(products) + bias).astype(x.dtype)
 
 
-def _correlate(x: jax.Array, taps: jax.Array) -> jax.Array:
-    taps = taps.reshape(9, -1)
-    return sum(tap * taps[k] for k, tap in enumerate(_shifts(x)))
+@_correlate.defjvp
+def _correlate_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (x, weights), (dx, dweights) = primals, tangents
+    dy = _spread(dx, weights[:9]) + _correlate(x, dweights)
+    return _correlate(x, weights), dy
+
+
+def _spread(x: jax.Array, taps: jax.Array) -> jax.Array:
+    """`_correlate` without a bias, by moving the products: its transpose is what matters.
+
+    That pads the gradient of y once and slices it. The transpose of `_correlate` itself pads nine
+    products: on CPU whatever computes the gradient of y is then run nine times.
+    """
+    x, dtype = x.astype(taps.dtype), x.dtype
+    total = sum(
+        jnp.pad(x * taps[3 * dy + dx], ((0, 0), (2 - dy, dy), (2 - dx, dx), (0, 0)))
+        for dy in range(3)
+        for dx in range(3)
+    )
+    return total.astype(dtype)[:, 1:-1, 1:-1]

@@ -39,6 +39,9 @@ class Plan:
         return step / self.steps_per_epoch
 
 
+_OWN = ("loss", "gradient_norm", "unreadable")  # of the step; the rest are the objective's
+
+
 class Meter:
     """The metrics of steps, which wait on the device until somebody looks."""
 
@@ -96,7 +99,7 @@ class Meter:
         speed = (step - self._mark[0]) * self._plan.batch_size / (now - self._mark[1])
         self._mark = (step, now)
         loss, rate = float(metrics["loss"]), float(self._learning_rate(step - 1))
-        parts = {k: float(v) for k, v in metrics.items() if k not in ("loss", "unreadable")}
+        parts = {k: float(v) for k, v in metrics.items() if k not in _OWN}
         line = {
             "train/loss": loss,
             "train/learning_rate": rate,
@@ -116,7 +119,8 @@ class Meter:
     def _not_finite(self, step: int, metrics: dict[str, Any]) -> str:
         rate = float(self._learning_rate(step - 1))
         return (
-            f"the loss is {metrics['loss']} at step {step} (learning rate {rate:.2e}); nothing of "
-            "it is saved, and the same command would come to it again: lower config.learning_rate "
-            "or try config.dtype=float32, in a new --workdir"
+            f"the loss is {metrics['loss']} at step {step} (learning rate {rate:.2e}, norm of the "
+            f"gradient {float(metrics['gradient_norm']):.3g}); it is not saved, and the same "
+            "command would come to it again: lower config.learning_rate or try "
+            "config.dtype=float32, in a new --workdir"
         )

@@ -83,7 +83,7 @@ def keep_lines(workdir: Path, step: int, evaluated: bool) -> None:
     """
     path = workdir / "metrics.jsonl"
     try:
-        before = path.read_bytes() if path.exists() else b""
+        before = path.read_bytes() if path.is_file() else b""
         lines = before.splitlines(keepends=True)
         kept = b"".join(line for line in lines if _stays(line, step, evaluated))
         # Replaced only where it must be: another process may be writing its evaluation there.

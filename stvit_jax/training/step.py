@@ -62,8 +62,8 @@ def make_train_step(
       ema_decay: of the moving average; 0: none.
 
     Returns:
-      (state, batch, key of the run) to (state, {"loss", "unreadable": how many examples of the
-      batch did not decode, and what else the objective reports}).
+      (state, batch, key of the run) to (state, {"loss", "gradient_norm": global, "unreadable": how
+      many examples of the batch did not decode, and what else the objective reports}).
     """
 
     def train_step(
@@ -83,8 +83,13 @@ def make_train_step(
             state = state.replace(
                 ema=optimizer.update_average(state.ema, state.variables, ema_decay)
             )
-        # The first readable example after a damaged one stands in for it.
-        return state, {"loss": loss, "unreadable": jnp.sum(batch["unreadable"] > 0), **parts}
+        metrics = {
+            "loss": loss,
+            "gradient_norm": optax.tree.norm(grads),
+            # The first readable example after a damaged one stands in for it.
+            "unreadable": jnp.sum(batch["unreadable"] > 0),
+        }
+        return state, metrics | parts
 
     return train_step
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 
 from stvit_jax import augment
 from stvit_jax.augment import erasing, mix, rand_augment
 from stvit_jax.data import normalization
+from stvit_jax.errors import UserError
 
 MANY = 20_000
 
@@ -51,6 +54,33 @@ def test_normalize_is_the_formula_for_numpy_and_jax() -> None:
         result = normalization.normalize(kind(images))
         assert result.dtype == np.float32 and isinstance(result, type(kind(images)))
         np.testing.assert_allclose(result, (images / 255 - mean) / std, rtol=0, atol=1e-6)
+
+
+def test_whole_numbers_are_pixels_whatever_their_width() -> None:
+    images, _ = images_and_labels(2)
+    for dtype in (np.int32, np.int64, np.uint16):
+        result = normalization.normalize(images.astype(dtype))
+        np.testing.assert_array_equal(result, normalization.normalize(images))
+    shapes = jax.eval_shape(normalization.normalize, images)
+    assert (shapes.shape, shapes.dtype) == (images.shape, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((2, 8, 8, 3), np.float32), "images are float32 (2, 8, 8, 3)"),
+        (jnp.zeros((2, 8, 8, 3), jnp.bfloat16), "images are bfloat16 (2, 8, 8, 3)"),
+        (np.zeros((2, 8, 8, 3), bool), "images are bool (2, 8, 8, 3)"),
+        (np.zeros((2, 3, 8, 8), np.uint8), "images are uint8 (2, 3, 8, 8)"),
+        (np.zeros((2, 8, 8), np.uint8), "images are uint8 (2, 8, 8)"),
+        (np.uint8(3), "images are uint8 ()"),
+        ([[[0, 0, 0]]], "images are of type list"),
+        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), "images are a torch.Tensor"),
+    ],
+)
+def test_normalize_refuses_what_are_no_pixels(images, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"{message}; normalize takes pixels in 0..255")):
+        normalization.normalize(images)
 
 
 def test_smooth_one_hot() -> None:

@@ -1,14 +1,16 @@
 """RandAugment: every op against Pillow's, the batch against single ops, and the draws."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image, ImageEnhance
 
-from stvit_jax.augment import affine
+from stvit_jax.augment import affine, blends
 from stvit_jax.augment import rand_augment as ra
 from stvit_jax.errors import UserError
 
@@ -16,19 +18,20 @@ DATA = Path(__file__).parents[1] / "golden"
 ENTRIES = json.loads((DATA / "randaugment.json").read_text())
 PIXELS = np.load(DATA / "randaugment.npz")
 
-EXACT = {"Equalize", "Invert", "PosterizeIncreasing", "SolarizeIncreasing", "SolarizeAdd"}
-NEARLY = {
-    "AutoContrast",
-    "ColorIncreasing",
-    "ContrastIncreasing",
-    "BrightnessIncreasing",
-    "SharpnessIncreasing",
+BLENDS = {
+    "ColorIncreasing": ImageEnhance.Color,
+    "ContrastIncreasing": ImageEnhance.Contrast,
+    "BrightnessIncreasing": ImageEnhance.Brightness,
+    "SharpnessIncreasing": ImageEnhance.Sharpness,
 }
+EXACT = {"Equalize", "Invert", "PosterizeIncreasing", "SolarizeIncreasing", "SolarizeAdd", *BLENDS}
+NEARLY = {"AutoContrast"}
 GEOMETRIC = {"Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"}
 DRAWS = {"magnitude": 9.0, "magnitude_std": 0.5, "num_ops": 2, "prob": 0.5}
 
 
 rand_augment = jax.jit(ra.rand_augment)
+apply_draws = jax.jit(ra.apply_draws)
 draw = jax.jit(ra.draw, static_argnums=1, static_argnames="num_ops")
 
 
@@ -69,6 +72,82 @@ def test_op_equals_pillow(entry: dict) -> None:
         np.testing.assert_array_equal((result == affine.FILL).all(-1), filled)
 
 
+def reference_factor(magnitude: np.ndarray, sign: np.ndarray) -> np.ndarray:
+    """timm's, in double."""
+    return np.maximum(0.1, 1.0 + sign * (np.asarray(magnitude, np.float64) / 10 * 0.9))
+
+
+def draws_of(op: str, magnitude: np.ndarray, sign: np.ndarray) -> ra.Draws:
+    """One round of `op`."""
+    one_round = (jnp.asarray(x, jnp.float32)[:, None] for x in (magnitude, sign))
+    magnitude, sign = one_round
+    return ra.Draws(
+        jnp.full(magnitude.shape, ra.OPS.index(op), jnp.int32),
+        magnitude,
+        sign,
+        blends.factor_of(magnitude, sign),
+    )
+
+
+def signed(magnitudes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.tile(magnitudes, 2), np.repeat([-1.0, 1.0], len(magnitudes))
+
+
+def test_blend_factors_are_those_of_doubles() -> None:
+    generator = np.random.default_rng(0)
+    drawn = generator.normal(9, 0.5, 300_000).clip(0, 10)
+    anything = generator.uniform(1 / 8, 10, 300_000)
+    # 1 + 0.09 m is halfway between two floats where m is an odd multiple of this, in 2..4.
+    ties = 25 * 2.0**-22 * np.arange(400_001, 420_001, 2)
+    magnitude, sign = signed(np.float32([*drawn, *anything, *ties, *ties / 2]))
+    result = np.asarray(jax.jit(blends.factor_of)(magnitude, np.float32(sign)))
+    np.testing.assert_array_equal(result, np.float32(reference_factor(magnitude, sign)))
+
+    magnitude, sign = signed(np.float32([0, 2.0**-40, *generator.uniform(0, 1 / 8, 100_000)]))
+    result = np.asarray(jax.jit(blends.factor_of)(magnitude, np.float32(sign)))
+    expected = np.float32(reference_factor(magnitude, sign))
+    assert np.abs(result - expected).max() <= 2.0**-23
+    assert np.mean(result != expected) < 0.01
+
+
+@pytest.mark.parametrize("op", BLENDS)
+def test_blends_equal_pillow_at_every_magnitude(op: str) -> None:
+    """Where a pixel lands on an integer, one unit of float32 in the factor would be a level."""
+    generator = np.random.default_rng(0)
+    magnitudes = np.float32([*np.linspace(0, 10, 401), *generator.normal(9, 0.5, 99).clip(0, 10)])
+    magnitude, sign = signed(magnitudes)
+    images = generator.integers(0, 256, (len(magnitude), 32, 32, 3), np.uint8)
+    results = np.asarray(apply_draws(images, draws_of(op, magnitude, sign)))
+    factors = reference_factor(magnitude, sign).tolist()
+    expected = [
+        BLENDS[op](Image.fromarray(image)).enhance(factor)
+        for image, factor in zip(images, factors, strict=True)
+    ]
+    np.testing.assert_array_equal(results, np.stack(expected))
+
+
+@pytest.mark.parametrize("op", BLENDS)
+def test_blends_of_single_images_take_magnitudes_in_double(op: str) -> None:
+    """Magnitudes that float32 does not have, with factors such as 1.1, 1.3, 0.7."""
+    image = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
+    for magnitude in (*np.arange(1, 10) / 0.9, 0.1, 4.7, 9.3):
+        for negate in (False, True):
+            factor = float(reference_factor(magnitude, -1 if negate else 1))
+            expected = BLENDS[op](Image.fromarray(image)).enhance(factor)
+            np.testing.assert_array_equal(ra.apply_op(image, op, magnitude, negate), expected)
+
+
+def test_solarize_add_adds_what_doubles_say() -> None:
+    """Around the magnitudes where the sum changes: 11 m must not be rounded up to an integer."""
+    steps = np.float32(np.arange(1, 110) / 11)
+    magnitudes = np.stack([steps, np.nextafter(steps, np.float32(0)), np.nextafter(steps, 11)])
+    magnitudes = np.float32(magnitudes).ravel()
+    draws = draws_of("SolarizeAdd", magnitudes, np.ones_like(magnitudes))
+    results = apply_draws(np.zeros((len(magnitudes), 1, 1, 3), np.uint8), draws)
+    expected = (magnitudes.astype(np.float64) / 10 * 110).astype(int)
+    np.testing.assert_array_equal(results[:, 0, 0, 0], expected)
+
+
 def test_ops_are_those_of_the_golden_file() -> None:
     assert set(ra.OPS) == {entry["op"] for entry in ENTRIES} == EXACT | NEARLY | GEOMETRIC
     assert len(ra.OPS) == 15
@@ -77,6 +156,37 @@ def test_ops_are_those_of_the_golden_file() -> None:
 def test_unknown_op_is_a_user_error() -> None:
     with pytest.raises(UserError, match="'Blur'.*AutoContrast"):
         ra.apply_op(photo(0), "Blur", 9.0, False)
+
+
+@pytest.mark.parametrize(
+    ("image", "magnitude", "message"),
+    [
+        (photo(0) / 255, 9.0, "float64 (64, 64, 3); apply_op takes uint8 (H, W, 3)"),
+        (photo(0).tolist(), 9.0, "of type list"),
+        (photo(0)[None], 9.0, "uint8 (1, 64, 64, 3)"),
+        (photo(0).transpose(2, 0, 1), 9.0, "uint8 (3, 64, 64)"),
+        (photo(0)[:, :0], 9.0, "uint8 (64, 0, 3)"),
+        (photo(0), 10.5, "the magnitude is 10.5; it must be a number in 0..10"),
+        (photo(0), -1, "the magnitude is -1"),
+        (photo(0), float("nan"), "the magnitude is nan"),
+        (photo(0), "9", "the magnitude is '9'"),
+        (photo(0), None, "the magnitude is None"),
+        (photo(0), np.ones(2), "the magnitude is array([1., 1.])"),
+    ],
+)
+def test_what_is_no_image_or_magnitude_is_named(image, magnitude, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        ra.apply_op(image, "Invert", magnitude, False)
+
+
+@pytest.mark.parametrize(
+    "magnitude", [9, np.float32(9), np.int64(9), np.array(9.0), jnp.float32(9)]
+)
+def test_magnitudes_are_any_library_s_numbers(magnitude) -> None:
+    np.testing.assert_array_equal(
+        ra.apply_op(jnp.asarray(photo(0)), "ColorIncreasing", magnitude, np.True_),
+        ra.apply_op(photo(0), "ColorIncreasing", 9.0, True),
+    )
 
 
 @pytest.mark.parametrize("op", sorted(GEOMETRIC | NEARLY - {"AutoContrast"}))
@@ -125,7 +235,7 @@ def test_autocontrast_is_within_a_level_of_doubles() -> None:
 def one_by_one(images: np.ndarray, draws: ra.Draws) -> np.ndarray:
     """The meaning of `apply_draws`: op after op, image after image."""
     result = []
-    for image, ops, magnitudes, signs in zip(images, *draws, strict=True):
+    for image, ops, magnitudes, signs, _ in zip(images, *draws, strict=True):
         for op, magnitude, sign in zip(ops, magnitudes, signs, strict=True):
             if op != ra.NO_OP:
                 image = np.asarray(ra.apply_op(image, ra.OPS[op], magnitude, sign < 0))

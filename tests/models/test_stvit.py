@@ -180,6 +180,44 @@ def test_bfloat16_stays_on_the_residual_stream_and_logits_are_wide(tiny):
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float32"}
 
 
+@pytest.mark.usefixtures("x64")
+def test_forward_mode_and_hessian_vector_products_agree_with_reverse_mode(random_variables):
+    two_stages = dict(
+        embed_dim=(8, 16),
+        depths=(1, 1),
+        num_heads=(1, 2),
+        n_iter=(1, 1),
+        stoken_size=(4, 1),
+        layerscale=(False, True),
+    )
+    model = stvit_jax.create_model("stvit_tiny", **two_stages, dtype=jnp.float64)
+    rng = np.random.default_rng(0)
+    variables = random_variables(model)
+    params = jax.tree.map(jnp.float64, variables["params"])
+    direction = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), params)
+    images = jnp.asarray(rng.normal(size=(2, 32, 32, 3)))
+
+    def loss(params):
+        return jnp.mean(model.apply(variables | {"params": params}, images) ** 3)
+
+    def slope(params):  # forward mode
+        return jax.jvp(loss, (params,), (direction,))[1]
+
+    @jax.jit
+    def both_ways(params):
+        gradient, forward = jax.jvp(jax.grad(loss), (params,), (direction,))
+        return gradient, slope(params), forward, jax.grad(slope)(params)
+
+    gradient, tangent, forward, reverse = both_ways(params)
+    products = jax.tree.map(jnp.vdot, gradient, direction)
+    np.testing.assert_allclose(tangent, sum(jax.tree.leaves(products)), rtol=1e-9)
+    size = max(np.abs(leaf).max() for leaf in jax.tree.leaves(forward))
+    assert size > 0
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * size), forward, reverse
+    )
+
+
 def test_feature_maps_and_intermediates(tiny):
     model, variables, images = tiny
     apply = partial(model.apply, method="feature_maps", mutable=["intermediates"])

@@ -84,7 +84,8 @@ def test_both_sources_hold_the_same_pictures(tfds_dir: Path, folder_dir: Path) -
         folders = open_source("folder", "", str(folder_dir), train=split)
         assert prepared.class_names == folders.class_names and prepared.num_classes == 1000
         pictures = [
-            sorted((label, data) for data, label in source) for source in (prepared, folders)
+            sorted((example["label"], example["image"]) for example in source)
+            for source in (prepared, folders)
         ]
         if split:
             assert len(pictures[0]) == mini_imagenet.TRAIN and pictures[0] == pictures[1]

@@ -133,6 +133,7 @@ def test_evaluation_alone_gives_the_same_counts_for_any_batch_size_and_device_co
 
 
 def test_converted_to_pth_and_back_it_evaluates_to_the_same_counts(start, straight, tmp_path):
+    pytest.importorskip("torch")
     pth, back = tmp_path / "weights.pth", tmp_path / "back"
     assert convert_torch_weights.main([str(straight), "--output", str(pth)]) == 0
     assert convert_torch_weights.main([str(pth), "--output", str(back)]) == 0
@@ -185,6 +186,7 @@ def test_stopped_at_random_steps_ends_with_the_same_bits(start, straight, tmp_pa
 def test_killed_at_random_loses_at_most_one_interval(start, straight, tmp_path):
     rng = random.Random(time.time_ns())
     kill = rng.randrange(12, STEPS - 2)
+    print("killing after step", kill)
     program = start(tmp_path, WORKER, "--config.checkpoint_every=5")
     program.read_until(rf"step {kill}/{STEPS} ")
     program.send(signal.SIGKILL)
@@ -293,16 +295,6 @@ def test_an_interrupted_evaluation_is_repeated(start, straight, tmp_path):
     assert program.wait() == 0, program.output
     assert values(tmp_path, "eval/count") == {20: 360}
     assert len(values(tmp_path, "train/loss")) == 20
-
-
-@pytest.mark.slow
-def test_a_second_signal_ends_at_once(start, tmp_path):
-    program = start(tmp_path, "--config.steps=0")
-    program.read_until("step 3/")
-    program.send(signal.SIGTERM)
-    program.read_until("SIGTERM: saving")
-    program.send(signal.SIGTERM)
-    assert program.wait(30) in (128 + 15, 75)  # 75: the save was quicker
 
 
 def test_trains_where_tensorflow_is_missing(start, straight, tmp_path):

@@ -37,12 +37,16 @@ class State:
 @jax.jit
 def train_step(state: State, batch: dict, key: jax.Array) -> tuple[State, dict]:
     state = State(state.step + 1, state.total + batch["loss"])
-    return state, {key: batch[key] for key in ("loss", "unreadable")}
+    return state, {key: batch[key] for key in ("loss", "gradient_norm", "unreadable")}
 
 
 def batches(*losses: float, unreadable: int = 0, fault: str = "") -> Iterator[dict]:
     for loss in losses:
-        yield {"loss": jnp.float32(loss), "unreadable": jnp.int32(unreadable)}
+        yield {
+            "loss": jnp.float32(loss),
+            "gradient_norm": jnp.float32(7),
+            "unreadable": jnp.int32(unreadable),
+        }
     raise UserError(fault)
 
 
@@ -129,7 +133,7 @@ def test_a_fault_of_the_evaluation_saves_and_the_evaluation_is_made_up_for(
 
 
 def test_a_loss_that_is_not_finite_is_noticed_and_not_saved(train, tmp_path: Path) -> None:
-    message = r"the loss is nan at step 4 \(learning rate 1.00e-01\); .* lower config\.learning"
+    message = r"loss is nan at step 4 \(learning rate 1.00e-01, norm of the gradient 7\); .* lower"
     with pytest.raises(UserError, match=message):
         train(batches(1, 1, 1, float("nan"), 1, 1, 1, 1))
     assert saved(tmp_path) == []

@@ -68,10 +68,7 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path: Path, capsys) -> No
     keep_lines(tmp_path, 1, evaluated=True)
     write(tmp_path, (1, {"train/loss": 1.0}), (2, {"train/loss": 1.0}))
     said = capsys.readouterr().err.splitlines()
-    assert [("put in order" in line, "Is a directory" in line) for line in said] == [
-        (True, True),
-        (False, True),
-    ]
+    assert len(said) == 1 and "Is a directory" in said[0]
     (tmp_path / "metrics.jsonl").rmdir()
     write(tmp_path, (3, {"train/loss": 1.0}))
     assert [line["step"] for line in metrics(tmp_path)] == [3]

@@ -1,0 +1,43 @@
+"""Devices: flags that every compiler knows, and the slots of a batch that this process loads."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from stvit_jax import parallel
+from stvit_jax.errors import UserError
+
+DETERMINISTIC = """
+import os, sys
+from pathlib import Path
+from stvit_jax import parallel
+parallel.prepare(x64=False, deterministic=True, workdir=Path(sys.argv[1]))
+import jax
+print(os.environ["XLA_FLAGS"], jax.jit(lambda x: x + 1)(1))
+"""
+
+
+def test_deterministic_flags_are_known_to_xla_and_keep_those_of_the_user(tmp_path) -> None:
+    """XLA ends a program whose flags it does not know."""
+    done = subprocess.run(
+        [sys.executable, "-c", DETERMINISTIC, str(tmp_path)],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    count, ops, cache, result = done.stdout.split()
+    assert count.endswith("count=2") and ops == "--xla_gpu_exclude_nondeterministic_ops=true"
+    assert cache.endswith(str(tmp_path / "autotuning")) and result == "2"
+
+
+def test_a_batch_is_split_evenly(monkeypatch) -> None:
+    mesh = parallel.make_mesh(7 * jax.device_count())
+    np.testing.assert_array_equal(parallel.own_slots(14, mesh), np.arange(14))
+    monkeypatch.setattr(jax, "devices", lambda: [None] * 8)
+    with pytest.raises(UserError, match="batch_size 60 is not divisible by the 8 devices"):
+        parallel.make_mesh(60)
