@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stvit_jax.console import Progress, say
-from stvit_jax.errors import UserError
+from stvit_jax.errors import UserError, described, one_line
 
 
 def convert(version_dir: str) -> None:
     """Converts the set in `version_dir`; finished files of an interrupted conversion are kept.
 
     Raises:
-      UserError: not a prepared tfds set, not one in TFRecord, damaged, or TensorFlow is missing.
+      UserError: not a prepared tfds set, not one in TFRecord, damaged, not to be written, or
+        TensorFlow is missing.
     """
     try:
         import tensorflow as tf
@@ -55,18 +56,35 @@ def convert(version_dir: str) -> None:
             file_adapters.ArrayRecordFileAdapter.write_examples(
                 partial, enumerate(records.as_numpy_iterator())
             )
+        except tf.errors.DataLossError as error:
+            raise UserError(
+                f"{source} is damaged, prepare the set again: {one_line(error.message)}"
+            ) from None
         except tf.errors.OpError as error:
             raise UserError(
-                f"{source} is damaged, prepare the set again: {error.message}"
+                f"{source} cannot be read ({one_line(error.message)}): restore it or prepare the "
+                "set again"
             ) from None
+        except (OSError, RuntimeError) as error:  # array_record raises the latter
+            raise _not_written(partial, error) from error
         count = file_adapters.ArrayRecordFileAdapter.num_examples(partial)
         if count != length:
             raise UserError(f"{source} holds {count} of {length} records: prepare the set again")
         partial.rename(target)  # only whole files get their names
         progress.update(done)
     info.add_alternative_file_format(new.value)
-    write_dataset_info_proto(info.as_proto, dataset_info_dir=info.data_dir)
+    try:
+        write_dataset_info_proto(info.as_proto, dataset_info_dir=info.data_dir)
+    except OSError as error:
+        raise _not_written(version_dir, error) from error
     say(f"{version_dir} has ArrayRecord files now, which train.py reads")
+
+
+def _not_written(path: object, error: Exception) -> UserError:
+    return UserError(
+        f"{path} cannot be written ({described(error)}): make room or give the right to write; the "
+        "same command goes on with the next file"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

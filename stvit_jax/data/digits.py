@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from stvit_jax.console import say
-from stvit_jax.errors import UserError
+from stvit_jax.errors import UserError, one_line
 
 HOLD_OUT = 5
 
@@ -76,7 +76,7 @@ def prepare(data_dir: str = "") -> tfds.core.DatasetBuilder:
       the builder of the prepared data set.
 
     Raises:
-      UserError: the directory cannot be written to.
+      UserError: the directory cannot be written to, or is full.
     """
     builder = Digits(data_dir=data_dir or None)
     if builder.data_path.exists():
@@ -86,11 +86,11 @@ def prepare(data_dir: str = "") -> tfds.core.DatasetBuilder:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # tfds prints two banners
             builder.download_and_prepare(file_format="array_record")
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # array_record raises the latter for a full disk
         builder = Digits(data_dir=data_dir or None)
         if not builder.data_path.exists():
             raise UserError(
-                f"cannot write the digits data set to {builder.data_dir} ({error}): "
-                "set data.dir to a directory that can be written"
+                f"cannot write the digits data set to {builder.data_dir} ({one_line(error)}): make "
+                "room, or set data.dir to a directory that can be written"
             ) from error
     return builder

@@ -2,7 +2,7 @@
 
 import errno
 
-from stvit_jax.errors import UserError, reason
+from stvit_jax.errors import UserError, one_line, reason
 
 MOST_OPEN = 2**16  # some programs walk through all numbers up to the limit that they inherit
 
@@ -55,6 +55,7 @@ def fault(what: str, error: OSError, restore: str = "restore it") -> UserError:
       error: why not.
       restore: what to do about a file that is not there.
     """
+    what = one_line(what, 1000)
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return UserError(f"{what} is missing: {restore}")
     remedy = _REMEDIES.get(error.errno, restore)

@@ -13,7 +13,7 @@ from stvit_jax.console import warn
 from stvit_jax.data.decode import UnreadableImage
 from stvit_jax.data.examples import Batch, Examples, batch_spec, zeros
 from stvit_jax.data.order import Order, image_rng
-from stvit_jax.errors import UserError
+from stvit_jax.errors import UserError, one_line
 
 PART = 32
 MAX_UNREADABLE = 300  # positions in a row
@@ -76,7 +76,7 @@ class TrainPart(Part):
                 _name_unreadable(source.where(index), reason)
         raise UserError(
             f"{MAX_UNREADABLE} images in a row do not decode (the last: "
-            f"{source.where(index)}: {reason}): check the data set"
+            f"{one_line(source.where(index), 1000)}: {reason}): check the data set"
         )
 
 
@@ -109,4 +109,4 @@ def _name_unreadable(where: str, reason: str) -> None:
     """Says which image does not decode, so that it can be mended: each once, and not too many."""
     if where not in _named_unreadable and len(_named_unreadable) < MAX_NAMED:
         _named_unreadable.add(where)
-        warn(f"{where} does not decode: {reason}")
+        warn(f"{one_line(where, 1000)} does not decode: {reason}")

@@ -13,6 +13,7 @@ from PIL import Image
 from stvit_jax.data import digits
 from stvit_jax.data.sources import open_source
 from stvit_jax.errors import UserError
+from tests.data.processes import run_script
 from tests.program import WITHOUT_TENSORFLOW
 
 ROOT = Path(__file__).parents[2]
@@ -85,3 +86,21 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"file/digits.*set data\.dir"):
         digits.prepare(str(tmp_path / "file"))
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    program = """
+import resource, sys
+from stvit_jax.data import digits
+from stvit_jax.errors import UserError
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+try:
+    digits.prepare(sys.argv[1])
+except UserError as error:
+    print(error)
+"""
+    done = run_script(program, tmp_path, tmp_path / "data")
+    line = done.stdout.splitlines()[-1]
+    assert line.startswith(f"cannot write the digits data set to {tmp_path}/data"), done.stderr
+    assert "File too large" in line and "set data.dir" in line

@@ -108,9 +108,9 @@ def test_classes_of_train_and_val(folders: Path, capsys: pytest.CaptureFixture) 
     )
     shutil.rmtree(folders / "val")
     (folders / "val").mkdir()
-    assert "val/a, " in refusal(folders, train=False) and "hold no images" in refusal(
-        folders, train=False
-    )
+    words = f"3 class folders of {folders}/val (a, aa, b) hold no images"
+    shutil.rmtree(folders / "train" / "c")
+    assert words in refusal(folders, train=False)
 
 
 def test_what_is_left_out_is_said(folders: Path, capsys: pytest.CaptureFixture) -> None:
@@ -147,6 +147,20 @@ def test_what_is_left_out_is_said(folders: Path, capsys: pytest.CaptureFixture) 
     source = open_source("folder", "", str(folders), train=True)
     assert source.class_names == ("a", "b") and len(source) == 3
     assert said(capsys, folders, train=False) == []
+
+
+def test_names_do_not_steer_a_terminal(folders: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = folders / "train" / "b\x1b[2J"
+    folder.mkdir()
+    for name in ("1\n2.png", "3.\x1b[3J"):
+        (folder / name).touch()
+    lines = said(capsys, folders, train=True)
+    source = open_source("folder", "", str(folders), train=True)
+    (folder / "1\n2.png").unlink()
+    with pytest.raises(UserError) as error:
+        source[len(source) - 1]
+    for line in (*lines, str(error.value)):
+        assert line.isprintable() and "\\x1b[" in line
 
 
 def test_images_of_every_suffix_and_of_none(folders: Path, capsys: pytest.CaptureFixture) -> None:

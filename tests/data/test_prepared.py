@@ -171,6 +171,9 @@ def test_the_convert_command_converts(digits_dir: Path, tmp_path: Path) -> None:
     assert damaged.stderr.splitlines()[-1].startswith(f"error: {file} is damaged, prepare the set")
     assert "Traceback" not in damaged.stderr
     file.write_bytes(sound)
+    file.rename(file.with_name("gone"))
+    assert f"error: {file} cannot be read (" in convert().stderr
+    file.with_name("gone").rename(file)
     assert "has ArrayRecord files now" in convert().stdout
     assert "has ArrayRecord files already" in convert().stdout
     for train in (True, False):

@@ -16,7 +16,7 @@ from stvit_jax.console import Progress, say
 from stvit_jax.data import files
 from stvit_jax.data.sources import Source
 from stvit_jax.data.sources.scan import SUFFIXES, LeftOut, class_folders, images
-from stvit_jax.errors import UserError, listing
+from stvit_jax.errors import UserError, listing, one_line
 
 LAYOUT = "data.source=folder needs data.dir with class folders under train/ and val/"
 # What people call the folder to evaluate on, in lower case.
@@ -172,11 +172,14 @@ def _no_images(root: str, empty: list[str], left_out: LeftOut, held_out: bool) -
             f"{root} has too few images to hold some out: add images, or put some into val/ beside "
             "it"
         )
-    where = listing(os.path.join(root, name) for name in empty)
+    if len(empty) == 1:
+        where = f"{os.path.join(root, one_line(*empty))} holds"
+    else:
+        where = f"{len(empty)} class folders of {root} ({listing(empty)}) hold"
     there = f" (left out: {left_out})" if left_out else ""
     return UserError(
-        f"{where} {'holds' if len(empty) == 1 else 'hold'} no images{there}: put some into it (not "
-        f"into folders inside), or remove it; files count that end in {' '.join(sorted(SUFFIXES))}"
+        f"{where} no images{there}: put some into it (not into folders inside), or remove it; "
+        f"files count that end in {' '.join(sorted(SUFFIXES))}"
     )
 
 
