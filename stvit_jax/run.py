@@ -181,7 +181,7 @@ def _train(
         if step > plan.steps or (step == plan.steps and evaluated):
             say(f"nothing left to do: {_result(step, plan, done, evaluator, where)}")
             return 0
-        keep_lines(where, step, evaluated)
+        keep_lines(where, step, evaluated or not plan.evaluates(step))
         writer = MetricWriter(where)
         stack.callback(writer.close)
         # From here on images are loaded, while the programs are being compiled.

@@ -75,17 +75,17 @@ class MetricWriter:
                 self._tensorboard.close()
 
 
-def keep_lines(workdir: Path, step: int, evaluated: bool) -> None:
+def keep_lines(workdir: Path, step: int, evaluation: bool) -> None:
     """Removes from `metrics.jsonl` what a run that goes on after `step` will write again.
 
-    These are lines of later steps, half-written ones and, unless it was `evaluated`, evaluations of
-    the step itself. Whole lines that are none of ours stay as they are.
+    These are lines of later steps, half-written ones and, unless `evaluation` is to be kept, those
+    of the step's own evaluation. Whole lines that are none of ours stay as they are.
     """
     path = workdir / "metrics.jsonl"
     try:
         before = path.read_bytes() if path.is_file() else b""
         lines = before.splitlines(keepends=True)
-        kept = b"".join(line for line in lines if _stays(line, step, evaluated))
+        kept = b"".join(line for line in lines if _stays(line, step, evaluation))
         # Replaced only where it must be: another process may be writing its evaluation there.
         if kept != before:
             whole = path.with_suffix(".tmp")
@@ -95,7 +95,7 @@ def keep_lines(workdir: Path, step: int, evaluated: bool) -> None:
         warn(f"{path} cannot be put in order ({reason(error)}): lines of later steps stay there")
 
 
-def _stays(line: bytes, step: int, evaluated: bool) -> bool:
+def _stays(line: bytes, step: int, evaluation: bool) -> bool:
     try:
         content = json.loads(line)
     except (ValueError, RecursionError):
@@ -107,4 +107,4 @@ def _stays(line: bytes, step: int, evaluated: bool) -> bool:
     if content.get("eval_only"):
         return True
     repeated = content["step"] == step and not any(key.startswith("train/") for key in content)
-    return content["step"] < step or (content["step"] == step and (evaluated or not repeated))
+    return content["step"] < step or (content["step"] == step and (evaluation or not repeated))

@@ -201,6 +201,17 @@ def test_killed_at_random_loses_at_most_one_interval(start, straight, tmp_path):
     assert_equal_runs(tmp_path, straight)
 
 
+def test_a_run_of_a_version_that_kept_no_state_of_evaluations_goes_on(start, straight, tmp_path):
+    program = start(tmp_path, "--config.steps=25")
+    assert program.wait() == 0, program.output
+    for name in ("evaluations.json", "classes.json"):
+        (tmp_path / name).unlink()
+    program = start(tmp_path)
+    assert program.wait() == 0, program.output
+    assert digests(tmp_path, STEPS) == digests(straight, STEPS)
+    assert list(values(tmp_path, "eval/top1")) == [22, 25, 30]
+
+
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(start, straight, tmp_path):
     program = start(tmp_path, "--config.checkpoint_every=10", "--config.steps=20")
     assert program.wait() == 0, program.output

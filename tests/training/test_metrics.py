@@ -28,16 +28,16 @@ def test_a_continuation_removes_later_and_half_written_lines(tmp_path: Path) -> 
     write(tmp_path, *((step, {"train/loss": 1.0 / step}) for step in (1, 2, 3)))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "ev')
-    keep_lines(tmp_path, 2, evaluated=True)
+    keep_lines(tmp_path, 2, evaluation=True)
     write(tmp_path, (3, {"train/loss": 9.0}))
     assert [line["train/loss"] for line in metrics(tmp_path)] == [1.0, 0.5, 9.0]
 
 
 def test_an_evaluation_that_will_be_repeated_has_no_two_lines(tmp_path: Path) -> None:
     write(tmp_path, (2, {"train/loss": 1.0}), (2, {"eval/top1": 0.5}))
-    keep_lines(tmp_path, 2, evaluated=True)
+    keep_lines(tmp_path, 2, evaluation=True)
     assert len(metrics(tmp_path)) == 2
-    keep_lines(tmp_path, 2, evaluated=False)
+    keep_lines(tmp_path, 2, evaluation=False)
     assert [line.get("train/loss") for line in metrics(tmp_path)] == [1.0]
 
 
@@ -46,7 +46,7 @@ def test_lines_of_others_stay_and_garbage_goes(tmp_path: Path) -> None:
     notes = b'{"note": "moved to node 7"}\n[1, 2]\n{"step": "three"}\n'
     garbage = b"\xff\xfe\n\n" + b"[" * 100_000 + b"\n" + b'{"step": 1}'
     path.write_bytes(b'{"step": 1, "train/loss": 3}\n' + notes + garbage)
-    keep_lines(tmp_path, 1, evaluated=True)
+    keep_lines(tmp_path, 1, evaluation=True)
     assert path.read_bytes() == b'{"step": 1, "train/loss": 3}\n' + notes
 
 
@@ -59,13 +59,13 @@ def test_a_run_that_is_evaluated_meanwhile_keeps_its_lines(tmp_path: Path) -> No
     training.write(2, 0.2, {"train/loss": 2.0})
     training.close()
     assert [line["step"] for line in metrics(tmp_path)] == [1, 1, 2]
-    keep_lines(tmp_path, 1, evaluated=False)  # it is not one of the run
+    keep_lines(tmp_path, 1, evaluation=False)  # it is not one of the run
     assert metrics(tmp_path)[1] == {"step": 1, "epoch": 0.0, "eval/top1": 0.5, "eval_only": True}
 
 
 def test_a_log_that_cannot_be_written_is_said_once(tmp_path: Path, capsys) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
-    keep_lines(tmp_path, 1, evaluated=True)
+    keep_lines(tmp_path, 1, evaluation=True)
     write(tmp_path, (1, {"train/loss": 1.0}), (2, {"train/loss": 1.0}))
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and "Is a directory" in said[0]
