@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from benchmarks import torch_stvit
 from stvit_jax import torch_weights
 from stvit_jax.models.stvit import create_model
+from tests.parity import assert_close, assert_gradients_close
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-TOLERANCE = 1e-9  # of the largest value
 # Optimising the programs, which run once, takes longer than it saves.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -48,13 +48,13 @@ def inputs(batch: int, height: int, width: int) -> tuple[torch.Tensor, np.ndarra
     return torch.from_numpy(x).permute(0, 3, 1, 2), x
 
 
-def assert_close(ours: dict[str, np.ndarray], theirs: dict[str, torch.Tensor]) -> None:
-    errors = {}
-    for name, b in theirs.items():
-        a, b = np.asarray(ours[name]), b.detach().numpy()
-        assert a.shape == b.shape, name
-        errors[name] = np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-6)
-    assert not {name: error for name, error in errors.items() if not error <= TOLERANCE}
+def detached(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+
+
+def buffers(peer: torch.nn.Module) -> dict[str, np.ndarray]:
+    """The running statistics."""
+    return detached({k: v for k, v in peer.named_buffers() if "fold" not in k})
 
 
 def channels_first(x: jax.Array) -> np.ndarray:
@@ -106,10 +106,10 @@ def test_every_module(train, data_dir):
         if not name.endswith((".conv.conv", ".pos_embed.conv", "norm1.norm", "stoken_refine")):
             compared[f"{our_path(name)}/__call__"] = value
     assert len(compared) == 9 + 3 * 3 + 6 * 11 + 3  # stem, downsampling, blocks, head
-    assert_close(flat, compared)
-    assert_close({"logits": ours_logits}, {"logits": logits})
+    assert_close(flat, detached(compared))
+    assert_close({"logits": ours_logits}, detached({"logits": logits}))
     state = torch_weights.to_torch(variables | {"batch_stats": updated["batch_stats"]})
-    assert_close(state, {k: v for k, v in peer.named_buffers() if "fold" not in k})
+    assert_close(state, buffers(peer))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_whole_network(name, size):
 
     apply = jax.jit(lambda v, x: model.apply(v, x, method=outputs), compiler_options=QUICK)
     ours = {str(i): channels_first(x) for i, x in enumerate(apply(variables, ours_x))}
-    assert_close(ours, theirs)
+    assert_close(ours, detached(theirs))
 
 
 @pytest.mark.slow
@@ -162,8 +162,9 @@ def test_every_gradient_of_small():
 
     step = jax.jit(jax.value_and_grad(loss_fn, has_aux=True), compiler_options=QUICK)
     (ours_loss, batch_stats), grads = step(variables["params"])
-    assert_close({"loss": ours_loss}, {"loss": loss})
+    assert_close({"loss": ours_loss}, detached({"loss": loss}))
     ours = torch_weights.to_torch({"params": grads, "batch_stats": batch_stats})
     theirs = {name: parameter.grad for name, parameter in peer.named_parameters()}
-    assert_close(ours, theirs | {k: v for k, v in peer.named_buffers() if "fold" not in k})
+    assert_gradients_close(ours, detached(theirs))
+    assert_close(ours, buffers(peer))
     assert len(theirs) == len(jax.tree.leaves(grads))

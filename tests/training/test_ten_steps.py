@@ -15,8 +15,9 @@ from stvit_jax.models.stvit import create_model
 from stvit_jax.tasks import classification
 from stvit_jax.training import optimizer
 from stvit_jax.training import step as training
+from tests.parity import assert_close
 
-STEPS, BATCH, SIZE, CLASSES = 10, 4, 32, 10
+STEPS, BATCH, SIZE, CLASSES = 10, 4, 64, 10
 # The published recipe; the rate changes at steps 4, 6 and 8: two epochs of f(0), then f(1), ...
 RECIPE = dict(
     base=5e-4, minimum=1e-5, warmup_from=1e-6, warmup_epochs=2, epochs=8, steps_per_epoch=2
@@ -115,14 +116,12 @@ def test_ten_steps_end_where_pytorch_ends(freeze, data_dir, golden_state):
     state = golden_state("tiny")
     ours, theirs = (train(settings, state, freeze) for train in (train_jax, train_torch))
 
-    def error(a, b) -> float:
-        return np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-6)
-
-    assert error(np.array(ours[0]), np.array(theirs[0])) <= 1e-8
+    assert_close({"losses": np.array(ours[0])}, {"losses": np.array(theirs[0])})
     for name, before in state.items():
         for which, a, b in zip(("raw", "average"), ours[1:], theirs[1:], strict=True):
             assert a[name].dtype == b[name].dtype
-            assert error(a[name], b[name]) <= 1e-8, (which, name)
+            # Where a gradient is zero in theory, Adam divides noise of 1e-17 by an eps of 1e-8.
+            np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-10, err_msg=which + name)
         assert a.keys() == b.keys() == state.keys()
 
         # What has to move has moved, and what has to stay has stayed.
