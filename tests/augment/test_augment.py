@@ -18,6 +18,7 @@ from stvit_jax import augment
 from stvit_jax.augment import erasing, mix, rand_augment
 from stvit_jax.data import normalization
 from stvit_jax.errors import UserError
+from tests.collectives import collectives
 
 MANY = 20_000
 
@@ -268,10 +269,8 @@ def test_float64_mode_keeps_float32(x64: None) -> None:
 
 def test_the_whole_is_its_parts_in_order_on_any_number_of_devices() -> None:
     """In a process with eight devices, which jax has to know at its start."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     root = Path(__file__).parents[2]
     subprocess.run(
         [sys.executable, "-m", "tests.augment.test_augment"], cwd=root, env=environment, check=True
@@ -286,13 +285,17 @@ def compare_eight_devices_with_one() -> None:
     assert mesh.size == 8
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     run = functools.partial(augment.augment_batch, num_classes=7, group_size=group)
-    compiled = (
-        jax.jit(functools.partial(run, mesh=mesh), in_shardings=(None, sharding, sharding))
-        .lower(key, images, labels)
-        .compile()
-    )
-    for collective in ("all-gather", "all-reduce", "collective-permute", "all-to-all"):
-        assert collective not in compiled.as_text(), collective
+
+    def compiled_with(**changes):
+        function = functools.partial(run, **({"mesh": mesh} | changes))
+        jitted = jax.jit(function, in_shardings=(None, sharding, sharding))
+        return jitted.lower(key, images, labels).compile()
+
+    compiled = compiled_with()
+    assert not collectives(compiled.as_text())
+    # Without the mesh, a chunk holds samples of all devices; in the whole batch, partners are far.
+    assert collectives(compiled_with(mesh=None, mixup=False).as_text())
+    assert collectives(compiled_with(group_size=0, randaugment=False).as_text())
     result = compiled(key, *jax.device_put((images, labels), sharding))
     assert result[0].sharding.is_equivalent_to(sharding, 4)
 

@@ -1,5 +1,6 @@
 """The network apart from parity: norms, drop path, dtypes, intermediates, settings."""
 
+import ast
 import os
 import re
 import subprocess
@@ -15,8 +16,12 @@ import pytest
 import stvit_jax
 from stvit_jax.errors import UserError
 from stvit_jax.models.layers import BatchNorm
+from stvit_jax.models.settings import abstract
+from stvit_jax.models.settings import images as input_of
+from tests.collectives import collectives
 
 ROOT = Path(__file__).parents[2]
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 
 
 @pytest.fixture(scope="module")
@@ -72,39 +77,73 @@ def test_batch_norm_of_a_distant_mean_does_not_cancel():
     np.testing.assert_allclose(jnp.var(y, (0, 1, 2)), 1, rtol=1e-3)
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_batch_norm_of_bfloat16_computes_in_float32(train):
+    """The mean is large against the deviations, which bfloat16 would round away."""
+    x = jnp.asarray(np.random.default_rng(0).normal(40, 1, (64, 8, 8, 2)), jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+    mean, var = exact.mean((0, 1, 2)), exact.var((0, 1, 2))
+    norm = BatchNorm(0, jnp.bfloat16, jnp.float32)
+    stats = {"mean": mean + 0.3, "var": var, "count": jnp.array(0)}
+    variables = {
+        "params": {"scale": jnp.ones(2), "bias": jnp.zeros(2)},
+        "batch_stats": jax.tree.map(lambda s: jnp.asarray(s, jnp.float32), stats),
+    }
+    y, new = norm.apply(variables, x, train=train, mutable=["batch_stats"])
+    expected = (exact - (mean if train else mean + 0.3)) / np.sqrt(var + 1e-5)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-4)
+    if train:
+        moved = new["batch_stats"]["mean"] - variables["batch_stats"]["mean"]
+        np.testing.assert_allclose(moved, -0.03, rtol=1e-3)
+
+
 def test_batch_norm_of_one_value_is_an_error():
     with pytest.raises(UserError, match="more than one value"):
         apply_norm(jnp.ones((1, 1, 1, 2)), 0)
 
 
+def test_collectives_are_seen_in_every_form():
+    program = """
+  %all-reduce.7 = f32[4]{0} all-reduce(%p), replica_groups=[1,8]<=[8], to_apply=%add
+  %s = (f32[4]{0}, f32[4]{0}) all-gather-start(%all-reduce.7), dimensions={0}
+  %d = f32[4]{0} all-gather-done(%s)
+  ROOT %c = f32[4]{0} collective-permute(%d)
+"""
+    assert collectives(program) == ["all-reduce", "all-gather", "collective-permute"]
+
+
 def test_groups_within_a_device_need_no_communication_to_normalise():
+    """Groups of the two images of a device need none; the whole batch as one group does."""
     program = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import stvit_jax
-model = stvit_jax.create_model("stvit_tiny", group_size=2)
+from stvit_jax.models.settings import abstract
+from tests.collectives import collectives
 images = jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.float32)
-variables = jax.eval_shape(model.init, jax.random.key(0), images)
 mesh = Mesh(np.array(jax.devices()), ("data",))
 split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-def logits(v, x):
-    return model.apply(v, x, train=True, mutable=["batch_stats"])[0]
-print(len(jax.devices()))
-compiled = jax.jit(logits, in_shardings=(whole, split), out_shardings=split)
-print(compiled.lower(variables, images).compile().as_text())
+print(mesh.size)
+for group_size in (2, 0):
+    model = stvit_jax.create_model("stvit_tiny", group_size=group_size, depths=(1, 1, 1, 1))
+    def logits(v, x):
+        return model.apply(v, x, train=True, mutable=["batch_stats"])[0]
+    compiled = jax.jit(logits, in_shardings=(whole, split), out_shardings=split)
+    print(collectives(compiled.lower(abstract(model), images).compile().as_text()))
 """
     result = subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {EIGHT_DEVICES}"},
         capture_output=True,
         text=True,
         timeout=300,
         check=True,
     )
-    assert result.stdout.startswith("8\n")
-    collectives = re.findall(r"(all-reduce|all-gather|all-to-all|permute)\(", result.stdout)
-    assert not collectives
+    devices, within, across = result.stdout.splitlines()
+    assert (devices, within) == ("8", "[]")
+    assert set(ast.literal_eval(across)) == {"all-reduce"}
 
 
 def test_drop_path_draws_a_mask_per_sample_and_branch(tiny):
@@ -157,8 +196,7 @@ def test_drop_path_rates_rise_through_all_stages(monkeypatch):
         module.Block, "drop_path", lambda self, y, rate, train: rates.append(rate) or y
     )
     model = stvit_jax.create_model("stvit_tiny", drop_path_rate=0.5)
-    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
-    jax.eval_shape(model.init, jax.random.key(0), images)
+    abstract(model)
     np.testing.assert_allclose(rates, np.repeat(0.5 * np.arange(6) / 5, 2))
 
 
@@ -167,16 +205,16 @@ def test_bfloat16_stays_on_the_residual_stream_and_logits_are_wide(tiny):
     model = stvit_jax.create_model("stvit_tiny", dtype=jnp.bfloat16)
 
     def everything(m, x):
-        return m.feature_maps(x), m(x)
+        return m.feature_maps(x), m.features(x), m(x)
 
     apply = partial(model.apply, method=everything, mutable=["intermediates"])
-    (maps, logits), state = jax.jit(apply)(variables, images)
+    (maps, features, logits), state = jax.jit(apply)(variables, images)
     assert [m.dtype for m in maps] == [jnp.bfloat16] * 4
-    assert logits.dtype == "float32"
+    assert features.dtype == logits.dtype == "float32"
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {"float32"}  # softmax outputs
     exact = jax.jit(stvit_jax.create_model("stvit_tiny").apply)(variables, images)
     assert np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
-    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    params = abstract(model)["params"]
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float32"}
 
 
@@ -243,7 +281,7 @@ def test_initialisation_is_the_published_one():
     model = stvit_jax.create_model(
         "stvit_tiny", projection=512, layerscale=(False, True, False, False), **settings
     )
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    images = input_of(model)
     variables = jax.jit(lambda key: model.lazy_init(key, images))(jax.random.key(1))
     params = variables["params"]
 

@@ -171,3 +171,14 @@ def test_bfloat16_keeps_softmax_and_sums_wide():
     assert (tokens.dtype, association.dtype) == (jnp.bfloat16, jnp.float32)
     exact, _ = sample(x.astype(jnp.float64), 4, 2)
     np.testing.assert_allclose(tokens.astype(jnp.float64), exact, atol=2e-2)
+    program = str(jax.make_jaxpr(super_tokens.sample, static_argnums=(1, 2))(x, 4, 2))
+    assert program.count("dot_general[") == program.count("preferred_element_type=float32") == 4
+
+
+def test_a_cell_without_mass_has_no_token():
+    """The published epsilon keeps 0 / 0 away, and counts where the mass is as small."""
+    cells = jnp.full((1, 1, 1, 4, 2), 3.0)
+    association = jnp.zeros((1, 1, 1, 4, 9))
+    np.testing.assert_array_equal(super_tokens.aggregate(cells, association), 0)
+    association = association.at[..., 4].set(1e-12 / 4)
+    np.testing.assert_allclose(super_tokens.aggregate(cells, association), 1.5, rtol=1e-12)
