@@ -2,9 +2,16 @@
 
     python convert_torch_weights.py INPUT --output OUTPUT [--model NAME] [--ema] [--verify]
 
-INPUT is a `.pth` or `.safetensors` file with PyTorch names, a directory that this program wrote, or
-the workdir of a run. OUTPUT: `.pth` or `.safetensors` with PyTorch names (the published code loads
-`model` of the former with strict=True), or else an Orbax directory.
+INPUT is a file of torch.save (.pth, .pt, .bin, .ckpt) or .safetensors, with PyTorch names; a folder
+that holds `model.safetensors` or `pytorch_model.bin`, or an index of its shards; a directory that
+this program wrote; or the workdir of a run. What was put round the names (`module.`, `_orig_mod.`,
+`model.`, `backbone.`) is taken off, and a head that is missing is initialised anew; both are said.
+
+OUTPUT ends in .pth, .pt, .bin or .ckpt (the published code loads `model` of it with strict=True) or
+in .safetensors, or else is an Orbax directory. Names of the classes are passed on.
+
+A pickle runs nothing: it is read without torch.load, and refused where it holds more than weights
+and plain data.
 
 A published variant is recognised by its shapes, and what this program wrote carries its settings.
 Any other network is stated as a variant and what differs from it, by the published names:
@@ -26,16 +33,17 @@ import numpy as np
 
 from stvit_jax import torch_weights
 from stvit_jax.checkpoints import fit, weights
-from stvit_jax.console import say
+from stvit_jax.console import say, warn
 from stvit_jax.errors import UserError
 from stvit_jax.models.settings import SETTINGS, UNOPTIMIZED, create
 from stvit_jax.models.stvit import list_models
 
 _TOLERANCE = 1e-9  # of the largest logit, in float64
+_MOST_ENTRIES = 50  # that are listed one by one
 
 
 def convert(
-    source: Path, output: Path, *, ema: bool, model: str | None, verify: bool, **overrides: Any
+    source: str, output: str, *, ema: bool, model: str | None, verify: bool, **overrides: Any
 ) -> None:
     """Reads, identifies, writes and reports.
 
@@ -44,16 +52,20 @@ def convert(
     """
     found = weights.read(source, ema)
     say(f"input      {found.source}\n  sha256   {sha256(found.source)}")
-    found = fit.identify(found, model, **overrides)
+    found = fit.fill(fit.identify(found, model, **overrides))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(found.variables["params"]))
     say(
         f"found      {found.settings['name']}, {found.settings['num_classes']} classes, "
         f"{parameters:,} parameters, {'moving average' if ema else 'raw weights'}"
     )
-    for entry, reason in found.ignored.items():
+    for note in found.notes:
+        say(f"  note     {note}")
+    for entry, reason in list(found.ignored.items())[:_MOST_ENTRIES]:
         say(f"  ignored  {entry}: {reason}")
+    if (more := len(found.ignored) - _MOST_ENTRIES) > 0:
+        say(f"  ignored  {more} entries more")
     weights.write(output, found)
-    say(f"output     {output}\n  sha256   {sha256(output)}")
+    say(f"output     {output}\n  sha256   {sha256(Path(output).expanduser())}")
     if verify:
         say(f"verify     {compare(found, weights.read(output))}")
 
@@ -118,8 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("input", type=Path, metavar="INPUT")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("input", metavar="INPUT")
+    parser.add_argument("--output", required=True)
     parser.add_argument("--model", metavar="NAME", help=", ".join(list_models()))
     parser.add_argument("--ema", action="store_true", help="take the moving average")
     parser.add_argument("--verify", action="store_true", help="run both networks on random images")
@@ -133,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         convert(args.pop("input"), **args, **overrides)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        warn(f"error: {error}")
         return 1
     return 0
 

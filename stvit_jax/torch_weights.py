@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stvit_jax.errors import UserError
+from stvit_jax.errors import UserError, listing
 
 
 class Rule(NamedTuple):
@@ -20,7 +20,7 @@ class Rule(NamedTuple):
     torch: str
     collection: str
     leaf: str
-    rank: int  # in PyTorch
+    shape: tuple[int | None, ...]  # in PyTorch; None: any size
     from_torch: Callable[[np.ndarray], np.ndarray]
     to_torch: Callable[[np.ndarray], np.ndarray]
 
@@ -29,14 +29,14 @@ def _same(a: np.ndarray) -> np.ndarray:
     return a
 
 
-_SCALE = Rule("weight", "params", "scale", 1, _same, _same)
-_BIAS = Rule("bias", "params", "bias", 1, _same, _same)
+_SCALE = Rule("weight", "params", "scale", (None,), _same, _same)
+_BIAS = Rule("bias", "params", "bias", (None,), _same, _same)
 _CONV3X3 = (
     Rule(  # (O, I, 3, 3) and (3, 3, I, O); depthwise (C, 1, 3, 3) and (3, 3, 1, C)
         "weight",
         "params",
         "kernel",
-        4,
+        (None, None, 3, 3),
         lambda a: a.transpose(2, 3, 1, 0),
         lambda a: a.transpose(3, 2, 0, 1),
     ),
@@ -44,35 +44,40 @@ _CONV3X3 = (
 )
 _CONV1X1 = (
     Rule(
-        "weight", "params", "kernel", 4, lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None]
+        "weight",
+        "params",
+        "kernel",
+        (None, None, 1, 1),
+        lambda a: a[:, :, 0, 0].T,
+        lambda a: a.T[:, :, None, None],
     ),
     _BIAS,
 )
-_LINEAR = (Rule("weight", "params", "kernel", 2, np.transpose, np.transpose), _BIAS)
+_LINEAR = (Rule("weight", "params", "kernel", (None, None), np.transpose, np.transpose), _BIAS)
 _LAYER_NORM = (_SCALE, _BIAS)
 _BATCH_NORM = (
     _SCALE,
     _BIAS,
-    Rule("running_mean", "batch_stats", "mean", 1, _same, _same),
-    Rule("running_var", "batch_stats", "var", 1, _same, _same),
+    Rule("running_mean", "batch_stats", "mean", (None,), _same, _same),
+    Rule("running_var", "batch_stats", "var", (None,), _same, _same),
     Rule(
         "num_batches_tracked",
         "batch_stats",
         "count",
-        0,
+        (),
         _same,
         lambda a: np.asarray(a, np.int64),
     ),
 )
 _GAMMAS = tuple(
-    Rule(name, "params", name, 4, np.ravel, lambda a: a.reshape(1, -1, 1, 1))
+    Rule(name, "params", name, (1, None, 1, 1), np.ravel, lambda a: a.reshape(1, -1, 1, 1))
     for name in ("gamma_1", "gamma_2")
 )
 
 # Two constant kernels a block, which the published code keeps in its state dict; no leaf of ours.
 _ONE_HOT = np.eye(9).reshape(9, 1, 3, 3)
 _FOLD_KERNELS = tuple(
-    Rule(name, "", "", 4, _same, _same) for name in ("unfold.weights", "fold.weights")
+    Rule(name, "", "", (9, 1, 3, 3), _same, _same) for name in ("unfold.weights", "fold.weights")
 )
 
 # Module names; `#` is a number. Both in the published order.
@@ -122,26 +127,30 @@ _BY_TORCH_NAME = [(_pattern(pair.torch), pair) for pair in _TABLE]
 _BY_OUR_NAME = [(_pattern(pair.ours), pair) for pair in _TABLE if pair.rule.leaf]
 
 
-def from_torch(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def from_torch(state_dict: Mapping[str, np.ndarray], partial: bool = False) -> dict[str, Any]:
     """Flax variables from a PyTorch state dict.
 
     Args:
       state_dict: published names to numpy arrays in PyTorch's layouts, any dtype (kept).
+      partial: what follows the stages may be missing: the head, or all of it.
 
     Returns:
       `{"params": ..., "batch_stats": ...}`, nested dictionaries of numpy arrays. The constant fold
       and unfold kernels are checked and left out.
 
     Raises:
-      UserError: unexpected or missing names (both lists), or a tensor of the wrong rank or value.
+      UserError: unexpected or missing names (both lists), or a tensor of the wrong shape or value.
     """
-    _check_names(state_dict)
+    _check_names(state_dict, partial)
     variables: dict[str, Any] = {}
     for name, array in state_dict.items():
         pair, numbers = _find(name, _BY_TORCH_NAME)
-        array = np.asarray(array)
-        if array.ndim != pair.rule.rank:
-            raise UserError(f"{name} has shape {array.shape}; expected {pair.rule.rank} dimensions")
+        array, form = np.asarray(array), pair.rule.shape
+        if len(array.shape) != len(form) or any(
+            size not in (None, s) for size, s in zip(form, array.shape, strict=True)
+        ):
+            expected = ", ".join("any" if size is None else str(size) for size in form)
+            raise UserError(f"{name} has shape {array.shape}; expected ({expected})")
         if pair.rule in _FOLD_KERNELS:
             if not np.array_equal(array, _ONE_HOT):
                 raise UserError(f"{name} is not the constant one-hot kernel of STViT")
@@ -201,15 +210,16 @@ def _fill(template: str, numbers: Iterable[Any]) -> str:
     return template
 
 
-def _check_names(names: Collection[str]) -> list[str]:
+def _check_names(names: Collection[str], partial: bool = False) -> list[str]:
     """All names that a state dict with these stages and blocks must have, in published order.
 
     Layer scale (by stage) and the bias of `qkv` may be absent; constant kernels may be, too, when
-    a state dict is read.
+    a state dict is read. `partial`: and the head, or all that follows the stages.
     """
     depths: dict[int, int] = {}
     for name in names:
-        if match := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name):
+        # Three digits are no stage and no block: one absurd name must not cost memory.
+        if match := re.match(r"layers\.([0-9]{1,2})\.blocks\.([0-9]{1,2})\.", name):
             stage, block = map(int, match.groups())
             depths[stage] = max(depths.get(stage, 0), block + 1)
     expected = [pair.torch for pair in _pairs(_STEM)]
@@ -225,17 +235,15 @@ def _check_names(names: Collection[str]) -> list[str]:
     if not any(name.endswith(".qkv.bias") for name in names):
         expected = [name for name in expected if not name.endswith(".qkv.bias")]
 
-    constant = tuple(f".attn.{rule.torch}" for rule in _FOLD_KERNELS)
-    missing = [n for n in expected if n not in names and not n.endswith(constant)]
+    may_miss = tuple(f".attn.{rule.torch}" for rule in _FOLD_KERNELS)
+    missing = [n for n in expected if n not in names and not n.endswith(may_miss)]
+    if partial and missing in ([p.torch for p in _pairs(rows)] for rows in (_HEAD[-1:], _HEAD)):
+        missing = []
     wanted = set(expected)
     unexpected = [name for name in names if name not in wanted]
     if missing or unexpected or not depths:
         raise UserError(
             "these are not the weights of an STViT: "
-            f"unexpected: {_listing(unexpected)}; missing: {_listing(missing)}"
+            f"unexpected: {listing(unexpected)}; missing: {listing(missing)}"
         )
     return expected
-
-
-def _listing(names: list[str]) -> str:
-    return ", ".join(names) or "none"

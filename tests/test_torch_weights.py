@@ -85,3 +85,44 @@ def test_foreign_weights_and_shapes_are_refused(golden_state):
     state["layers.0.blocks.0.attn.fold.weights"] *= 2
     with pytest.raises(UserError, match="one-hot"):
         torch_weights.from_torch(state)
+
+
+@pytest.mark.parametrize(
+    "name, shape, expected",
+    [
+        ("layers.0.blocks.0.mlp2.fc1.weight", (64, 16, 3, 3), "(any, any, 1, 1)"),
+        ("layers.0.blocks.0.mlp2.fc1.weight", (64, 16, 0, 0), "(any, any, 1, 1)"),
+        ("layers.0.blocks.0.pos_embed.conv.weight", (16, 1, 1, 1), "(any, any, 3, 3)"),
+        ("layers.2.blocks.0.gamma_1", (48, 1, 1, 1), "(1, any, 1, 1)"),
+        ("norm.num_batches_tracked", (1,), "()"),
+    ],
+)
+def test_layouts_that_would_be_cut_or_turned_silently_are_refused(
+    name, shape, expected, golden_state
+):
+    state = golden_state("tiny") | {name: np.zeros(shape)}
+    with pytest.raises(UserError) as caught:
+        torch_weights.from_torch(state)
+    assert str(caught.value) == f"{name} has shape {shape}; expected {expected}"
+
+
+@pytest.mark.parametrize("tail", [("head.",), ("proj.", "norm.", "head.")])
+def test_what_follows_the_stages_may_be_missing_where_that_is_said(tail, golden_state):
+    backbone = {k: v for k, v in golden_state("tiny").items() if not k.startswith(tail)}
+    variables = torch_weights.from_torch(backbone, partial=True)
+    whole = torch_weights.from_torch(golden_state("tiny"))
+    assert whole["params"].keys() - variables["params"].keys() == {t[:-1] for t in tail}
+    for attempt in (backbone, {k: v for k, v in backbone.items() if "norm2.bias" not in k}):
+        with pytest.raises(UserError, match="missing: "):
+            torch_weights.from_torch(attempt, partial=len(attempt) < len(backbone))
+
+
+def test_lists_and_numbers_in_names_end(golden_state):
+    state = golden_state("tiny") | {"layers.99.blocks.99.norm2.weight": np.zeros(1)}
+    with pytest.raises(UserError, match=r"and \d+ more \(\d+ in all\)$") as caught:
+        torch_weights.from_torch(state)
+    assert len(str(caught.value)) < 700
+    absurd = "layers.999999999999.blocks.0.norm2.weight\n\x1b[2J"
+    with pytest.raises(UserError, match="unexpected: layers.9{12}") as caught:
+        torch_weights.from_torch(golden_state("tiny") | {absurd: np.zeros(1)})
+    assert str(caught.value).isprintable()

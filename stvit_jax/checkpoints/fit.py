@@ -6,11 +6,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stvit_jax.checkpoints.weights import Weights, read
 from stvit_jax.console import say
 from stvit_jax.errors import UserError
-from stvit_jax.models.settings import abstract, complete, create, images
+from stvit_jax.models.settings import (
+    UNOPTIMIZED,
+    absent,
+    abstract,
+    complete,
+    create,
+    images,
+)
 from stvit_jax.models.stvit import STViT
 from stvit_jax.trees import differences, leaves, path_name
 
@@ -33,6 +41,27 @@ def identify(weights: Weights, name: str | None = None, **overrides: Any) -> Wei
     return dataclasses.replace(weights, settings=settings)
 
 
+def fill(weights: Weights) -> Weights:
+    """Weights of a whole network: what follows the stages and is missing is initialised anew.
+
+    Args:
+      weights: with settings, see `identify`.
+    """
+    missing = absent(weights.variables)
+    if not missing:
+        return weights
+    initial = _initial(create(weights.settings), missing)
+    variables = {
+        collection: {**tree, **jax.tree.map(np.asarray, initial.get(collection, {}))}
+        for collection, tree in weights.variables.items()
+    }
+    variables = jax.tree_util.tree_map_with_path(
+        lambda path, x: x.astype(np.int64) if path[-1].key == "count" else x, variables
+    )
+    note = f"{', '.join(missing)} {_are(missing)} not in it: initialised anew, to be trained"
+    return dataclasses.replace(weights, variables=variables, notes=(*weights.notes, note))
+
+
 def merge(variables: Any, weights: Weights) -> Any:
     """Puts weights into the variables of a network.
 
@@ -42,15 +71,21 @@ def merge(variables: Any, weights: Weights) -> Any:
 
     Returns:
       The same tree: numpy arrays in the dtypes of `variables`. Where the number of classes
-      differs, the head's leaves are those of `variables`, and a line says so.
+      differs, or the file has no head, or nothing after the stages, these leaves are those of
+      `variables`, and a line says so.
 
     Raises:
       UserError: anything else differs (all differences listed).
     """
     ours, theirs = leaves(variables), leaves(weights.variables)
-    kept = []
-    if has_other_head(variables, weights):
-        kept = [path for path in ours if path.startswith("params/head/")]
+    modules = _anew(variables, weights)
+    kept = [path for path in ours if path.split("/")[1] in modules]
+    if missing := absent(weights.variables):
+        say(
+            f"{weights.source}: {', '.join(missing)} {_are(missing)} not in it; re-initialised, "
+            "to be trained"
+        )
+    elif modules:
         classes = [side["params/head/kernel"].shape[-1] for side in (theirs, ours)]
         say(
             f"{weights.source}: its head has {classes[0]} classes, this network {classes[1]}; "
@@ -71,14 +106,8 @@ def merge(variables: Any, weights: Weights) -> Any:
 
 
 def has_other_head(variables: Any, weights: Weights) -> bool:
-    """Whether only the number of classes tells the heads apart, so that `merge` keeps ours."""
-    ours, theirs = (leaves(v).get("params/head/kernel") for v in (variables, weights.variables))
-    return (
-        ours is not None
-        and theirs is not None
-        and ours.shape[:-1] == theirs.shape[:-1]
-        and ours.shape[-1] != theirs.shape[-1]
-    )
+    """Whether `merge` keeps the head of `variables`: of another class count there, or missing."""
+    return "head" in _anew(variables, weights)
 
 
 def check_heads(model: STViT, weights: Weights) -> None:
@@ -86,7 +115,10 @@ def check_heads(model: STViT, weights: Weights) -> None:
 
     The other settings that shapes do not show, `n_iter` and `stoken_size`, are for users to change.
     """
-    theirs = create(weights.settings).num_heads if weights.settings else model.num_heads
+    try:
+        theirs = create(weights.settings).num_heads if weights.settings else model.num_heads
+    except UserError as error:
+        raise UserError(f"{weights.source}: {error}") from None
     if tuple(theirs) != tuple(model.num_heads):
         raise UserError(
             f"{weights.source} has num_heads {tuple(theirs)}, this network "
@@ -98,8 +130,8 @@ def load_weights(model: STViT, path: str | Path, ema: bool = False) -> dict[str,
     """Variables of a network from a file of any form.
 
     Args:
-      model: of any image size and number of classes; a head of another size is initialised anew
-        (key 0), and a line says so.
+      model: of any image size and number of classes; a head of another size, or one that is not
+        there, is initialised anew (key 0), and a line says so.
       path: `.pth`, `.safetensors`, a converted directory, or the workdir of a run.
       ema: the moving average in place of the raw weights.
 
@@ -112,7 +144,37 @@ def load_weights(model: STViT, path: str | Path, ema: bool = False) -> dict[str,
     weights = read(path, ema)
     check_heads(model, weights)
     variables = abstract(model)
-    if has_other_head(variables, weights):
-        init = jax.jit(lambda key: model.lazy_init(key, images(model))["params"]["head"])
-        variables["params"]["head"] = init(jax.random.key(0))
+    if modules := _anew(variables, weights):
+        initial = _initial(model, modules)
+        variables = {name: tree | initial.get(name, {}) for name, tree in variables.items()}
     return jax.tree.map(jnp.asarray, merge(variables, weights))
+
+
+def _anew(variables: Any, weights: Weights) -> tuple[str, ...]:
+    """The modules that these weights do not have, or have for another number of classes."""
+    ours, theirs = (leaves(v).get("params/head/kernel") for v in (variables, weights.variables))
+    other = (
+        ours is not None
+        and theirs is not None
+        and ours.shape[:-1] == theirs.shape[:-1]
+        and ours.shape[-1] != theirs.shape[-1]
+    )
+    return ("head",) if other else absent(weights.variables)
+
+
+def _initial(model: STViT, modules: tuple[str, ...]) -> dict[str, Any]:
+    """Initial values of some modules at the top, from key 0."""
+
+    def init(key: jax.Array) -> dict[str, Any]:
+        variables = model.lazy_init(key, images(model))
+        return {
+            collection: {module: x for module, x in tree.items() if module in modules}
+            for collection, tree in variables.items()
+        }
+
+    options = UNOPTIMIZED if jax.default_backend() == "cpu" else None
+    return jax.jit(init, compiler_options=options)(jax.random.key(0))
+
+
+def _are(modules: tuple[str, ...]) -> str:
+    return "is" if len(modules) == 1 else "are"

@@ -10,31 +10,29 @@ Where this departs from Orbax's own behaviour, and why:
   one that is damaged or was never committed. Here a restore counts only when every digest agrees;
   a damaged checkpoint is named, set aside and never deleted, and the one before is tried.
 - A failed asynchronous save surfaces in Orbax on some later call, as an error. Here every save is
-  awaited and looked up on disk before the next; single failures are logged, three in a row end.
-- Orbax logs dozens of lines per save. They are dropped while a `Checkpoints` is open: whatever
-  goes wrong reaches the caller as an exception and is reported here, in one line.
+  awaited and looked up on disk before the next; single failures are said, three in a row end.
 """
 
 import contextlib
-import logging as standard_logging
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
-from etils import epath
 from jax.experimental import multihost_utils
 
+from stvit_jax.checkpoints import orbax
 from stvit_jax.checkpoints.digests import describe, forms, leaf_digests
-from stvit_jax.checkpoints.reader import read_newest
-from stvit_jax.errors import UserError, listing, one_line
+from stvit_jax.checkpoints.reader import positions, read_newest
+from stvit_jax.console import warn
+from stvit_jax.errors import UserError, listing, reason
 from stvit_jax.trees import leaves
 
 PyTree = Any
 
 _FAILURES_IN_A_ROW = 3
-_ORBAX = str(Path(ocp.__file__).parent)
 
 
 class Checkpoints:
@@ -48,27 +46,30 @@ class Checkpoints:
         """Opens (or creates) `directory` and removes what killed saves left behind.
 
         Raises:
-          UserError: the directory cannot be created or read.
+          UserError: the directory cannot be created, read or written.
         """
-        self._directory = epath.Path(directory).absolute()  # Orbax takes no relative path
+        self._directory = Path(directory).absolute()  # Orbax takes no relative path
         self._keep = keep
         self._in_flight: int | None = None  # position of the save that is not yet checked
         self._failures = 0
-        logging.get_absl_logger().addFilter(self._is_not_from_orbax)
-        try:
-            self._manager = self._open()
-        except OSError as error:
-            logging.get_absl_logger().removeFilter(self._is_not_from_orbax)
-            raise UserError(
-                f"checkpoints cannot be kept in {self._directory}: {one_line(error)}; "
-                "make it a directory that can be written, or use another workdir"
-            ) from error
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(orbax.quiet())
+            try:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                self._probe()
+                self._manager = self._open()
+            except OSError as error:
+                raise UserError(
+                    f"checkpoints cannot be kept in {self._directory}: {reason(error)}; "
+                    "make it a directory that can be written, or use another workdir"
+                ) from error
+            self._quiet = stack.pop_all()
 
     def save(self, position: int, state: PyTree, notes: dict[str, Any] | None = None) -> None:
         """Saves in the background; returns as soon as `state` may be donated or changed.
 
         Waits for the save before, so that at most one is in flight. A position that is already
-        saved is left as it is. A save that fails is logged and survived.
+        saved is left as it is. A save that fails is said and survived.
 
         Args:
           position: batches consumed.
@@ -77,21 +78,26 @@ class Checkpoints:
 
         Raises:
           UserError: the state holds non-finite values (nothing is saved then and the older
-              checkpoints stay), or three saves in a row have failed.
+            checkpoints stay), or three saves in a row have failed.
         """
-        self.wait()
+        newest = self.wait()
         self._remove_leftovers()
-        if position in self._manager.all_steps():
+        if position in self._on_disk():
             return
         digests, non_finite = leaf_digests(state)
         if non_finite:
+            before = "there is none from before" if newest is None else f"the newest is {newest}"
             raise UserError(
                 f"after batch {position} the state holds non-finite values in "
-                f"{listing(non_finite, 3)}; it was not saved, and the checkpoints in "
-                f"{self._directory} are from before; lower learning_rate or look at the data, then "
-                "start again"
+                f"{listing(non_finite, 3)}; it was not saved. Of the checkpoints in "
+                f"{self._directory} {before}; lower learning_rate or look at the data, then start "
+                "again"
             )
         try:
+            if not self._directory.exists():
+                self._directory.mkdir(parents=True)
+                warn(f"{self._directory} had vanished with all checkpoints; it is made anew")
+            self._manager.reload()  # it believes in what it has seen before
             self._manager.save(
                 position,
                 args=ocp.args.Composite(
@@ -115,14 +121,13 @@ class Checkpoints:
             position, self._in_flight = self._in_flight, None
             try:
                 self._manager.wait_until_finished()
-                self._manager.reload()
-                if position not in self._manager.all_steps():
+                if position not in self._on_disk():
                     raise OSError("it was not committed")
             except Exception as error:
                 self._failed(position, error)
             else:
                 self._failures = 0
-        return max(self._manager.all_steps(), default=None)
+        return max(self._on_disk(), default=None)
 
     def restore_newest(self, abstract_state: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
         """Restores the newest checkpoint that verifies.
@@ -132,15 +137,16 @@ class Checkpoints:
 
         Args:
           abstract_state: the state as `jax.ShapeDtypeStruct`s with shardings, which may be of
-              another device count than the saved ones.
+            another device count than the saved ones.
 
         Returns:
           The position, the state, every bit as saved, and its notes; None where there is no
           checkpoint.
 
         Raises:
-          UserError: the newest sound checkpoint is of another network, or none is sound.
-              Then nothing has been moved, and the next call says the same.
+          UserError: the newest sound checkpoint is of another network, or none is sound (nothing
+            has been moved then, and the next call says the same); or the files cannot be read or
+            moved.
           ValueError: a leaf of `abstract_state` has no sharding.
         """
         if missing := [path for path, x in leaves(abstract_state).items() if x.sharding is None]:
@@ -158,7 +164,8 @@ class Checkpoints:
         found = read_newest(self._directory, select)
         if found is None:
             return None
-        self._set_aside(found.damaged)
+        if found.damaged:
+            self._set_aside(found.damaged)
         return found.position, found.state, found.notes
 
     def close(self) -> None:
@@ -167,27 +174,27 @@ class Checkpoints:
         Raises:
           UserError: as `wait`.
         """
-        try:
-            self.wait()
-        finally:
-            self._manager.close()
-            logging.get_absl_logger().removeFilter(self._is_not_from_orbax)
+        with self._quiet:
+            try:
+                self.wait()
+            finally:
+                self._manager.close()
 
     def _open(self) -> ocp.CheckpointManager:
         self._remove_leftovers()
-        # Orbax removes old ones only after the new one is committed.
-        policy = ocp.checkpoint_managers.LatestN(n=self._keep)
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy)
-        # One copy of a replicated array is written as it is. Orbax would have every device write a
-        # slice of it, and compile a program for every slice: half a minute at the first save.
-        registry = ocp.type_handlers.create_type_handler_registry(
-            (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False))
-        )
-        handlers = {
-            "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
-            "meta": ocp.JsonCheckpointHandler(),
-        }
-        return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+        return orbax.manager(self._directory, self._keep)
+
+    def _probe(self) -> None:
+        """Raises OSError where nothing can be written; what it writes has no name, so it leaves."""
+        with tempfile.TemporaryFile(dir=self._directory, buffering=0) as file:
+            file.write(b" ")
+
+    def _on_disk(self) -> list[int]:
+        """What can be looked up; where that fails, the next save does, and says why."""
+        try:
+            return positions(self._directory)
+        except UserError:
+            return []
 
     def _remove_leftovers(self) -> None:
         """What killed and failed saves wrote; nothing may be in flight."""
@@ -195,8 +202,7 @@ class Checkpoints:
             for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
                 # The threads of a save that failed a moment ago may still be writing there. Orbax's
                 # own clean-up fails the next save then; this one removes the rest before it.
-                with contextlib.suppress(OSError):
-                    path.rmtree()
+                shutil.rmtree(path, ignore_errors=True)
 
     def _failed(self, position: int, error: Exception) -> None:
         self._failures += 1
@@ -209,33 +215,33 @@ class Checkpoints:
         if self._failures == _FAILURES_IN_A_ROW:
             raise UserError(
                 f"{_FAILURES_IN_A_ROW} saves in a row failed in {self._directory}, the last at "
-                f"batch {position}: {one_line(error)}; free some space there, then start again"
+                f"batch {position}: {orbax.why(error)}; free some space there, or make it a "
+                "directory that can be written, then start again"
             ) from error
-        logging.warning(
-            "checkpoint of batch %d was not saved: %s; going on, with the ones before in place",
-            position,
-            one_line(error),
-        )
+        newest = max(self._on_disk(), default=None)
+        left = "no other is there" if newest is None else f"the one of batch {newest} is in place"
+        warn(f"checkpoint of batch {position} was not saved: {orbax.why(error)}; going on, {left}")
 
-    def _set_aside(self, positions: list[int]) -> None:
-        if not positions:
-            return
+    def _set_aside(self, damaged: list[int]) -> None:
         # Beside, not inside: whoever lists DIRECTORY finds checkpoints only.
         aside = self._directory.parent / f"{self._directory.name}-damaged"
         if jax.process_index() == 0:
-            aside.mkdir(parents=True, exist_ok=True)
-            for position in positions:
-                target, copies = aside / str(position), 0
-                while target.exists():
-                    copies += 1
-                    target = aside / f"{position}.{copies}"
-                (self._directory / str(position)).rename(target)
+            try:
+                aside.mkdir(exist_ok=True)
+                for position in damaged:
+                    target, copies = aside / str(position), 0
+                    while target.exists():
+                        copies += 1
+                        target = aside / f"{position}.{copies}"
+                    (self._directory / str(position)).rename(target)
+            except OSError as error:
+                raise UserError(
+                    f"damaged checkpoints cannot be moved to {aside}: {reason(error)}; move them "
+                    "away, so that their positions can be saved again"
+                ) from error
         multihost_utils.sync_global_devices("stvit_jax.checkpoints: damaged ones set aside")
         self._manager.reload()
-        logging.warning("damaged checkpoints were moved to %s", aside)
-
-    def _is_not_from_orbax(self, record: standard_logging.LogRecord) -> bool:
-        return not record.pathname.startswith(_ORBAX)
+        warn(f"damaged checkpoints were moved to {aside}")
 
 
 def _differences(saved: dict[str, str], wanted: dict[str, str]) -> list[str]:

@@ -1,6 +1,8 @@
 """The one reader of a run's checkpoints: from the newest to the oldest, every bit verified."""
 
 import dataclasses
+import errno
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 
+from stvit_jax.checkpoints import files, orbax
 from stvit_jax.checkpoints.digests import DamagedError, check, leaf_digests
-from stvit_jax.errors import UserError, listing, one_line
+from stvit_jax.console import warn
+from stvit_jax.errors import UserError, listing, reason
 from stvit_jax.trees import leaves
 
 PyTree = Any
 Select = Callable[[Path, dict[str, str]], PyTree]
+
+# What the system refuses, or has no room for, says nothing about the checkpoint.
+_NOT_DAMAGE = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +44,15 @@ class Found:
 
 
 def positions(directory: Path) -> list[int]:
-    """Those of the checkpoints in a directory, newest first."""
-    names = (path.name for path in directory.iterdir())
+    """Those of the checkpoints in a directory, newest first.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        names = [path.name for path in directory.iterdir()]
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {reason(error)}") from error
     return sorted((int(name) for name in names if re.fullmatch("[0-9]+", name)), reverse=True)
 
 
@@ -56,17 +69,14 @@ def read_newest(directory: Path, select: Select) -> Found | None:
       None where there is no checkpoint.
 
     Raises:
-      UserError: from `select`, of another version of the program, or none is sound.
+      UserError: from `select`, of another version of the program, not to be read, or none is sound.
     """
     damaged: list[int] = []
     for position in positions(directory):
-        path = directory / str(position)
         try:
-            return Found(position, *_read(path, position, select), damaged)
-        except UserError:
-            raise
-        except Exception as error:  # the readers raise anything on damaged files
-            logging.warning("checkpoint %s is damaged: %s", path, one_line(error))
+            return Found(position, *read_at(directory, position, select), damaged)
+        except DamagedError as error:
+            warn(str(error))
             damaged.append(position)
     if damaged:
         # Starting over is for the user to decide: the files may still be worth something.
@@ -77,10 +87,36 @@ def read_newest(directory: Path, select: Select) -> Found | None:
     return None
 
 
+def read_at(directory: Path, position: int, select: Select) -> tuple[PyTree, dict[str, Any]]:
+    """What is selected of one checkpoint, and its notes.
+
+    Args:
+      directory: of a run's checkpoints.
+      position: one of `positions`.
+      select: as of `read_newest`.
+
+    Raises:
+      UserError: from `select`, of another version of the program, or not to be read.
+      DamagedError: it is not what was saved; in one line, with its path.
+    """
+    path = directory / str(position)
+    files.check_tree(path)
+    try:
+        with orbax.quiet():
+            return _read(path, position, select)
+    except UserError:
+        raise
+    except Exception as error:  # the readers raise anything on damaged files
+        number = errno.EACCES if _is_closed(path) else orbax.errno_of(error)
+        if number in _NOT_DAMAGE:
+            raise UserError(f"checkpoint {path} cannot be read: {os.strerror(number)}") from error
+        raise DamagedError(f"checkpoint {path} is damaged: {orbax.why(error)}") from error
+
+
 def _read(path: Path, position: int, select: Select) -> tuple[PyTree, dict[str, Any]]:
     """Raises UserError where it is not what is wanted, anything else where it is damaged."""
     path = path.absolute()  # Orbax takes no relative path
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with orbax.checkpointer() as checkpointer:
         meta = checkpointer.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         check(meta, position)
         wanted = select(path, meta["forms"])
@@ -95,6 +131,11 @@ def _read(path: Path, position: int, select: Select) -> tuple[PyTree, dict[str, 
     if wrong := [leaf for leaf in digests if digests[leaf] != meta["digests"][leaf]]:
         raise DamagedError(f"the digest of {listing(wrong, 3)} is not the one it was saved with")
     return state, meta.get("notes", {})
+
+
+def _is_closed(path: Path) -> bool:
+    """Whether anything in it may not be read: to Orbax that is not there."""
+    return not all(os.access(inner, os.R_OK) for inner in (path, *path.rglob("*")))
 
 
 def _restore_args(leaf: Any) -> ocp.RestoreArgs:

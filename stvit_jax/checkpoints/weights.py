@@ -1,49 +1,47 @@
-"""Weights in files: `.pth`, `.safetensors`, Orbax directories and workdirs of runs, in and out.
+"""Weights in files of every form, in and out.
 
     form            holds                                    its settings and class names lie in
-    x.pth           PyTorch names under `model`              entries beside `model`
+    x.pth, .pt ...  PyTorch names under `model`              entries beside `model`
     x.safetensors   PyTorch names                            the metadata
     directory       Orbax items `weights` and `meta`         `meta`
     workdir         `checkpoints/STEP`, of a run             `config.json`, `classes.json`
 
+Read, not written: a folder with `model.safetensors` or `pytorch_model.bin`, or an index of shards.
+
 Settings are called `stvit_config`, names by label `class_names`, a list. `settings.py` says what
 settings are. Files of others carry none; a variant is recognised by its shapes. A file that is
-written here holds one set of weights; files of training hold the moving
-average besides, which `ema` asks for.
+written here holds one set of weights; files of training hold the moving average besides, which
+`ema` asks for.
 """
 
 import dataclasses
-import hashlib
 import json
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
-import orbax.checkpoint as ocp
 
 from stvit_jax import torch_weights
-from stvit_jax.checkpoints import torch_files
-from stvit_jax.checkpoints.reader import read_newest
-from stvit_jax.errors import UserError, one_line
+from stvit_jax.checkpoints import (
+    directories,
+    files,
+    orbax,
+    reader,
+    safetensors_files,
+    state_dicts,
+    torch_files,
+)
+from stvit_jax.checkpoints.digests import DamagedError
+from stvit_jax.errors import UserError, listing, one_line, reason
 from stvit_jax.models.settings import SETTINGS, Settings
 from stvit_jax.trees import leaves, nested, path_name
 
-_IGNORED = {
-    "model": "the raw weights; taken without ema",
-    "model_ema": "the moving average; taken with ema",
-    "optimizer": "training state",
-    "lr_scheduler": "training state",
-    "scaler": "training state",
-    "epoch": "training state",
-    "max_accuracy": "a note of the training",
-    "args": "options of the training",
-}
 _COLLECTIONS = ("params/", "batch_stats/")
+_NARROW = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+# Of a folder that holds one set of weights, as hubs have them; the first that is there.
+_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +50,14 @@ class Weights:
 
     Attributes:
       variables: `{"params": ..., "batch_stats": ...}`, numpy: float32 or float64, counters int64.
+        What follows the stages may be missing: the head, or all of it.
       settings: of the network, as the file carries them; None where it carries none.
       source: the file or directory that was read; of a workdir, its checkpoint.
       ignored: entries that were left out, and why.
       step: batches consumed, of a workdir's checkpoint; None otherwise.
       epoch: likewise.
       classes: names by label, where the file carries them.
+      notes: what was done to the names and values, in lines.
     """
 
     variables: dict[str, Any]
@@ -67,34 +67,41 @@ class Weights:
     step: int | None = None
     epoch: float | None = None
     classes: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read(path: str | Path, ema: bool = False) -> Weights:
     """Reads weights of any form.
 
     Args:
-      path: see the module.
+      path: see the module; `~` stands for the home directory.
       ema: the moving average in place of the raw weights.
 
     Raises:
-      UserError: not there, not of a known form, damaged, no STViT, or no moving average in it.
+      UserError: not there, not of a known form, damaged, no STViT, not finite, or no moving average
+        in it.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"there are no weights at {path}")
-    if (path / "checkpoints").is_dir():
-        weights = _read_workdir(path, ema)
-    elif path.is_dir():
-        weights = _read_directory(path, ema)
-    elif path.suffix == ".pth":
-        weights = _read_pth(path, ema)
-    elif path.suffix == ".safetensors":
-        weights = _read_safetensors(path, ema)
-    else:
-        raise UserError(f"{path}: files of weights end in .pth or .safetensors")
+    path = files.local(path)
+    try:
+        if not path.exists():
+            raise UserError(f"there are no weights at {path}")
+        weights = _read_directory(path, ema) if path.is_dir() else _read_file(path, ema)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
+    source = weights.source
     if not isinstance(weights.settings, dict | None):
-        raise UserError(f"{path} is damaged: its stvit_config is {weights.settings!r}")
-    variables = jax.tree_util.tree_map_with_path(_canonical, weights.variables)
+        kind = type(weights.settings).__name__
+        raise UserError(f"{source} is damaged: its stvit_config is no mapping but {kind}")
+    try:
+        variables = jax.tree_util.tree_map_with_path(_canonical, weights.variables)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    infinite = [name for name, x in leaves(variables).items() if not np.all(np.isfinite(x))]
+    if infinite:
+        raise UserError(
+            f"{source} holds weights that are not finite, in {listing(infinite, 3)}: whatever is "
+            "computed with them is not either; take an earlier checkpoint"
+        )
     classes, ignored = weights.classes, weights.ignored
     if classes is not None and not _are_names(classes, variables):
         classes, ignored = None, ignored | {"class_names": "not one name for each class"}
@@ -103,106 +110,120 @@ def read(path: str | Path, ema: bool = False) -> Weights:
 
 
 def write(path: str | Path, weights: Weights) -> None:
-    """Writes weights in the form that the path names; a directory unless it ends in a suffix above.
+    """Writes weights in the form that the path names; a directory unless it ends in a suffix.
 
     Args:
-      path: of something that is not there yet.
-      weights: with settings, see `identify`.
+      path: of something that is not there yet. One that ends in `/` is a directory in any case.
+      weights: whole, with settings, see `fit`.
 
     Raises:
-      UserError: the path exists, cannot be written, or needs a package that is missing.
+      UserError: the path exists, is of a form that is not written, or cannot be written, or needs a
+        package that is missing.
     """
-    path = Path(path)
-    if path.exists():
-        raise UserError(f"{path} exists; remove it, or choose another output")
+    as_directory = str(path).endswith("/")
+    path = files.local(path)
     carried = {"stvit_config": weights.settings}
     if weights.classes is not None:
         carried["class_names"] = list(weights.classes)
-    unfinished = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".pth":
-            state_dict = torch_weights.to_torch(weights.variables)
-            torch_files.write(unfinished, state_dict, carried)
-        elif path.suffix == ".safetensors":
-            _import_safetensors().numpy.save_file(
-                torch_weights.to_torch(weights.variables),
-                unfinished,
-                {"format": "pt"} | {key: json.dumps(value) for key, value in carried.items()},
-            )
-        else:  # Orbax writes to another place and renames by itself
-            meta = carried | {"sha256": _digest(weights.variables)}
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-                args = ocp.args.Composite(
-                    weights=ocp.args.PyTreeSave(weights.variables), meta=ocp.args.JsonSave(meta)
-                )
-                checkpointer.save(path.absolute(), args=args)
+        if path.exists() or path.is_symlink():
+            raise UserError(f"{path} exists; remove it, or choose another output")
+        if as_directory or not files.suffix(path):
+            directories.write(path, weights.variables, carried)
             return
-        os.replace(unfinished, path)
+        files.check_output(path)
+        state_dict = torch_weights.to_torch(weights.variables)
+        with files.replaced(path) as file:
+            if files.suffix(path) in files.TORCH_SUFFIXES:
+                torch_files.write(file, state_dict, carried)
+            else:
+                texts = {key: json.dumps(value) for key, value in carried.items()}
+                safetensors_files.write(file, state_dict, {"format": "pt"} | texts)
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # what torch and Orbax make of a full disk
-        raise UserError(f"{path} cannot be written: {one_line(error)}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {orbax.why(error)}") from error
 
 
-def _read_pth(path: Path, ema: bool) -> Weights:
-    loaded = torch_files.read(path)
-    if not isinstance(loaded, Mapping):
-        raise UserError(f"{path} holds no state dict but {type(loaded).__name__}")
-    entries = dict(loaded) if isinstance(loaded.get("model"), Mapping) else {"model": loaded}
-    tensors = entries.pop("model_ema" if ema else "model", None)
-    if not isinstance(tensors, Mapping):
-        raise _no_average(path)
+def _read_file(path: Path, ema: bool) -> Weights:
+    """By its contents, which names do not always tell; a broken one by its name."""
+    start, suffix = files.beginning(path), files.suffix(path)
+    if path.name.endswith(safetensors_files.INDEX):
+        return _read_shards(path, ema)
+    if start.startswith(b"PK\x03\x04"):
+        return _read_torch(path, ema)
+    if suffix == ".safetensors" or start[8:9] == b"{":
+        return _read_safetensors(path, ema)
+    if suffix in files.TORCH_SUFFIXES or start[:1] == b"\x80":
+        return _read_torch(path, ema)
+    told = files.what_it_is(start)
+    raise UserError(
+        f"{path}: files of weights end in .pth or .safetensors{'; ' if told else ''}{told}"
+    )
+
+
+def _read_torch(path: Path, ema: bool) -> Weights:
+    entries = torch_files.read(path)
     settings, classes = entries.pop("stvit_config", None), entries.pop("class_names", None)
-    ignored = {str(key): _IGNORED.get(key, "not weights") for key in entries}
-    return _from_torch(path, torch_files.arrays(tensors, path), settings, classes, ignored)
+    classes = list(classes) if isinstance(classes, tuple) else classes
+    found = _find(path, entries, ema)
+    return _from_torch(path, torch_files.arrays(found.tensors, path), found, settings, classes)
 
 
 def _read_safetensors(path: Path, ema: bool) -> Weights:
-    if ema:
-        raise _no_average(path)
-    safetensors = _import_safetensors()
-    try:
-        # The library compares the header with the size of the file before it reads on.
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        settings = json.loads(metadata.get("stvit_config", "null"))
-        classes = json.loads(metadata.get("class_names", "null"))
-    except Exception as error:  # SafetensorError, and what numpy or json make of foreign content
-        raise UserError(f"{path} is damaged, or not a safetensors file: {error}") from error
-    return _from_torch(path, state_dict, settings, classes, {})
+    tensors, metadata = safetensors_files.read(path)
+    settings, classes = (_json(path, metadata, key) for key in ("stvit_config", "class_names"))
+    found = _find(path, tensors, ema)
+    return _from_torch(path, found.tensors, found, settings, classes)
+
+
+def _read_shards(index: Path, ema: bool) -> Weights:
+    tensors: dict[str, Any] = {}
+    for file, names in safetensors_files.read_shards(index).items():
+        shard = index.parent / file
+        if files.suffix(shard) == ".safetensors":
+            held = safetensors_files.read(shard)[0]
+        else:
+            held = torch_files.read(shard)
+            held = torch_files.arrays({n: held[n] for n in names if n in held}, shard)
+        if missing := [name for name in names if name not in held]:
+            raise UserError(f"{shard} lacks {listing(missing)}, which {index.name} says it holds")
+        tensors |= {name: held[name] for name in names}
+    found = _find(index, tensors, ema)
+    return _from_torch(index, found.tensors, found, None, None)
 
 
 def _read_directory(path: Path, ema: bool) -> Weights:
-    if not (path / "weights").is_dir() or not (path / "meta").is_dir():
+    if (path / "checkpoints").is_dir():
+        return _read_workdir(path, ema, None)
+    if path.name == "checkpoints" and (path.parent / "config.json").exists():
+        return _read_workdir(path.parent, ema, None)
+    if path.name.isdecimal() and path.resolve().parent.name == "checkpoints":
+        return _read_workdir(path.resolve().parent.parent, ema, int(path.name))
+    for name in _IN_FOLDERS:
+        if (path / name).exists():
+            return _read_file(path / name, ema)
+        if (path / (name + safetensors_files.INDEX)).exists():
+            return _read_shards(path / (name + safetensors_files.INDEX), ema)
+    if not directories.is_one(path):
         raise UserError(
             f"{path} is neither a directory that convert_torch_weights.py wrote nor the workdir of "
-            "a run with checkpoints"
+            f"a run with checkpoints, and holds no {' or '.join(_IN_FOLDERS)}"
         )
     if ema:
         raise _no_average(path)
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            args = ocp.args.Composite(weights=ocp.args.PyTreeRestore(), meta=ocp.args.JsonRestore())
-            items = checkpointer.restore(path.absolute(), args=args)
-        if items.meta["sha256"] != _digest(items.weights):
-            raise ValueError("its values are not those that were written")
-    except Exception as error:  # the readers raise anything on damaged files
-        raise UserError(f"{path} is damaged, convert again: {one_line(error)}") from error
-    meta = items.meta
-    return Weights(items.weights, meta["stvit_config"], path, {}, classes=meta.get("class_names"))
+    variables, carried = directories.read(path)
+    classes = carried.get("class_names")
+    return Weights(variables, carried["stvit_config"], path, {}, classes=classes)
 
 
-def _read_workdir(path: Path, ema: bool) -> Weights:
-    """From the newest checkpoint that is sound; nothing is changed in the workdir."""
-    try:
-        model = json.loads((path / "config.json").read_text())["model"]
-        settings = {k: v for k, v in model.items() if k in ("name", *SETTINGS) and v is not None}
-    except (OSError, ValueError, LookupError) as error:
-        raise UserError(f"{path / 'config.json'} cannot be read: {one_line(error)}") from error
+def _read_workdir(path: Path, ema: bool, position: int | None) -> Weights:
+    """From one checkpoint, or the newest that is sound; nothing is changed in the workdir."""
+    config = files.read_json(path / "config.json")
+    model = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(model, dict):
+        raise UserError(f"{path / 'config.json'} cannot be read: there is no model in it")
+    settings = {k: v for k, v in model.items() if k in ("name", *SETTINGS) and v is not None}
     collections = tuple(f"ema/{c}" for c in _COLLECTIONS) if ema else _COLLECTIONS
 
     def select(checkpoint: Path, forms: dict[str, str]) -> dict[str, Any]:
@@ -211,83 +232,84 @@ def _read_workdir(path: Path, ema: bool) -> Weights:
             raise _no_average(checkpoint)
         return nested(dict.fromkeys(wanted, 0))
 
-    found = read_newest(path / "checkpoints", select)
+    directory = path / "checkpoints"
+    if position is not None:
+        try:
+            found = reader.Found(position, *reader.read_at(directory, position, select), [])
+        except DamagedError as error:
+            raise UserError(
+                f"{error}; give {path}, and the newest that is sound is taken"
+            ) from None
+    else:
+        found = reader.read_newest(directory, select)
     if found is None:
         raise UserError(f"{path} holds no sound checkpoint; train first, or bring back a copy")
     variables = found.state["ema"] if ema else found.state
-    source = path / "checkpoints" / str(found.position)
+    source = directory / str(found.position)
+    names = path / "classes.json"  # older runs have none
+    classes = files.read_json(names) if names.exists() else None
     epoch = found.notes.get("epoch")
-    return Weights(variables, settings, source, {}, found.position, epoch, _read_classes(path))
-
-
-def _read_classes(workdir: Path) -> Any:
-    """The class names beside a run's checkpoints; older runs have none."""
-    path = workdir / "classes.json"
-    try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
+    return Weights(variables, settings, source, {}, found.position, epoch, classes)
 
 
 def _are_names(classes: Any, variables: Any) -> bool:
-    count = leaves(variables)["params/head/bias"].size
+    head = leaves(variables).get("params/head/bias")
     return (
         isinstance(classes, list)
-        and len(classes) == count
         and all(isinstance(name, str) for name in classes)
+        and (head is None or len(classes) == head.size)
     )
+
+
+def _find(path: Path, held: Mapping[Any, Any], ema: bool) -> state_dicts.Found:
+    try:
+        return state_dicts.find(held, ema)
+    except state_dicts.NoAverageError:
+        raise _no_average(path) from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _from_torch(
     path: Path,
-    state_dict: Mapping[str, np.ndarray],
+    tensors: Mapping[str, np.ndarray],
+    found: state_dicts.Found,
     settings: Settings | None,
     classes: Any,
-    ignored: dict[str, str],
 ) -> Weights:
-    if all(str(name).startswith("module.") for name in state_dict):  # of DistributedDataParallel
-        state_dict = {name.removeprefix("module."): x for name, x in state_dict.items()}
-    # Stages and blocks are counted by the largest number: one absurd name must not cost memory.
-    if absurd := [name for name in state_dict if re.search(r"\d{3}", str(name))]:
-        raise UserError(f"{path}: these are not the weights of an STViT: unexpected: {absurd[0]}")
+    state_dict = state_dicts.with_counters(tensors)
+    ignored, notes = dict(found.ignored), found.notes
     try:
-        variables = torch_weights.from_torch(state_dict)
+        variables = torch_weights.from_torch(state_dict, partial=True)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    if kernels := sum(".fold." in name or ".unfold." in name for name in state_dict):
+    if kernels := sum(".fold." in name or ".unfold." in name for name in tensors):
         ignored["attn.unfold.weights, attn.fold.weights"] = f"{kernels} constant kernels, checked"
-    return Weights(variables, settings, path, ignored, classes=classes)
+    if counters := len(state_dict) - len(tensors):
+        notes += (f"{counters} num_batches_tracked are missing: taken for 0",)
+    return Weights(variables, settings, path, ignored, classes=classes, notes=notes)
 
 
 def _canonical(path: Any, array: np.ndarray) -> np.ndarray:
     """Floats of at least 32 bits, counters of 64; exact."""
     if path[-1].key == "count" and np.issubdtype(array.dtype, np.integer):
         return np.asarray(array, np.int64)
-    if array.dtype in (np.float16, ml_dtypes.bfloat16):
+    if array.dtype in (np.float32, np.float64):
+        return array
+    if array.dtype.name in _NARROW:
         return array.astype(np.float32)
-    if array.dtype not in (np.float32, np.float64):
-        raise UserError(
-            f"{path_name(path)} is of {array.dtype}; weights are floating-point numbers"
-        )
-    return array
+    raise UserError(f"{path_name(path)} is of {array.dtype}; weights are floating-point numbers")
 
 
-def _digest(variables: Any) -> str:
-    """sha256 over names, dtypes, shapes and bits of all leaves."""
-    total = hashlib.sha256()
-    for path, array in sorted(leaves(variables).items()):
-        total.update(f"{path} {array.dtype}{array.shape}\n".encode())
-        total.update(np.ascontiguousarray(array).data)
-    return total.hexdigest()
-
-
-def _import_safetensors() -> Any:
+def _json(path: Path, metadata: dict[str, str], key: str) -> Any:
     try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise UserError(".safetensors files need: pip install safetensors") from error
-    return safetensors
+        return json.loads(metadata.get(key, "null"))
+    except Exception as error:  # whatever a text that is no JSON leads to
+        raise UserError(f"{path} is damaged: its {key} is no JSON: {one_line(error)}") from error
 
 
 def _no_average(path: Path) -> UserError:
-    return UserError(f"{path} holds no moving average; leave ema out")
+    return UserError(
+        f"{path} holds no moving average; leave ema out (of train.py: --config.ema_decay=0 for the "
+        "run's own, --config.init_from_ema=False for init_from)"
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stvit_jax.errors import UserError
+from stvit_jax.errors import UserError, one_line
 from stvit_jax.models.stvit import VARIANTS, STViT, create_model
 from stvit_jax.trees import differences
 
@@ -30,6 +30,23 @@ SETTINGS = (
     "in_chans",
 )
 _OUTLINE = ("embed_dim", "depths")
+
+_STAGES = 16
+# The largest number that is a setting. Files carry settings, and what they say is done as often, or
+# made as large, as they say.
+_LARGEST = {
+    "embed_dim": 2**16,
+    "depths": 99,
+    "num_heads": 2**12,
+    "n_iter": 99,
+    "stoken_size": 2**10,
+    "mlp_ratio": 64,
+    "projection": 2**20,
+    "num_classes": 2**24,
+    "in_chans": 2**12,
+}
+# What follows the stages, and may be missing where only the backbone was saved.
+TAIL = ("proj", "norm", "head")
 
 # For `jax.jit` on CPU, of programs that run once: optimising them takes LLVM longer than it saves.
 UNOPTIMIZED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -53,13 +70,15 @@ def complete(
       UserError: no variant has these shapes, or not the one that was stated (with differences).
     """
     shapes = _shape_settings(variables)
+    if (stages := len(shapes["depths"])) > _STAGES:
+        raise UserError(f"it has {stages} stages, more than any STViT")
     stated = {"name": name, **overrides} if name else carried
     if stated is None:
         like = [n for n in VARIANTS if all(VARIANTS[n][f] == shapes[f] for f in _OUTLINE)]
         if not like:
             raise UserError(f"no variant has these shapes; {_remedy(shapes)}")
         stated = {"name": like[0]}
-    model = create({"num_classes": shapes["num_classes"]} | stated)
+    model = create({k: shapes[k] for k in ("num_classes",) if k in shapes} | stated)
     # First the outline: it bounds the size of the network that a file asks for.
     wrong = [
         f"{field} is {shapes[field]} there and {tuple(getattr(model, field))} in {stated['name']}"
@@ -67,14 +86,27 @@ def complete(
         if tuple(getattr(model, field)) != shapes[field]
     ]
     try:
-        wrong = wrong or differences(variables, abstract(model))
+        wrong = wrong or differences(variables, without(abstract(model), absent(variables)))
     except (ArithmeticError, TypeError, ValueError) as error:  # of values that a file carries
-        raise UserError(f"the settings {stated} describe no network: {error!r}") from error
+        raise UserError(f"the settings describe no network: {one_line(error)}") from error
     if wrong:
         raise UserError(f"not {stated['name']}: {'; '.join(wrong)}; {_remedy(shapes)}")
     settings = {field: getattr(model, field) for field in SETTINGS}
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
     return {"name": stated["name"], **settings}
+
+
+def absent(variables: Mapping[str, Any]) -> tuple[str, ...]:
+    """The modules after the stages that a tree of variables lacks."""
+    return tuple(module for module in TAIL if module not in variables["params"])
+
+
+def without(variables: Mapping[str, Any], modules: tuple[str, ...]) -> dict[str, Any]:
+    """Variables without some of the modules at the top."""
+    return {
+        collection: {module: x for module, x in tree.items() if module not in modules}
+        for collection, tree in variables.items()
+    }
 
 
 def create(settings: Settings, **overrides: Any) -> STViT:
@@ -83,11 +115,12 @@ def create(settings: Settings, **overrides: Any) -> STViT:
     Raises:
       UserError: settings that make no network.
     """
+    _check(settings)
     try:
         fields = {key: value for key, value in settings.items() if key != "name"}
         return create_model(settings["name"], **(fields | overrides))
     except (AttributeError, KeyError, TypeError) as error:  # of values that a file carries
-        raise UserError(f"the settings {settings} describe no network: {error!r}") from error
+        raise UserError(f"the settings describe no network: {one_line(repr(error))}") from error
 
 
 def images(model: STViT) -> jax.ShapeDtypeStruct:
@@ -97,27 +130,58 @@ def images(model: STViT) -> jax.ShapeDtypeStruct:
 
 def abstract(model: STViT) -> dict[str, Any]:
     """Shapes and dtypes of the variables of a network."""
-    return jax.eval_shape(lambda key: model.lazy_init(key, images(model)), jax.random.key(0))
+    once = model.clone(n_iter=(1,) * len(model.n_iter))  # no variable depends on it, tracing does
+    return jax.eval_shape(lambda key: once.lazy_init(key, images(model)), jax.random.key(0))
+
+
+def _check(settings: Any) -> None:
+    """Raises UserError unless these are names with values of the kinds and sizes of settings.
+
+    Nothing is printed or computed with before that is known: in a file a list may hold itself, and
+    a number have a million digits.
+    """
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise UserError(f"its settings are {type(settings).__name__}, and no names with values")
+    if not isinstance(settings.get("name"), str):
+        raise UserError("its settings do not name the variant that they derive from")
+    for field, value in settings.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        plain = all(type(v) in (int, float, bool, str) for v in values[: _STAGES + 1])
+        if len(values) > _STAGES or not plain:
+            raise UserError(
+                f"the settings describe no network: {one_line(field, 50)} is no number, truth "
+                f"value or text, and no list of up to {_STAGES}"
+            )
+        largest = _LARGEST.get(field, 2**24)
+        for number in values:
+            if isinstance(number, int | float) and not 0 <= number <= largest:
+                raise UserError(
+                    f"the settings describe no network: {one_line(field, 50)} lies outside of 0 to "
+                    f"{largest}"
+                )
 
 
 def _shape_settings(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the settings that shapes show."""
+    """Those of the settings that shapes show; less where what follows the stages is missing."""
     params = variables["params"]
     stages = [
         params[f"layers_{i}"] for i in range(sum(key.startswith("layers_") for key in params))
     ]
     first = [stage["blocks_0"] for stage in stages]
     dims = tuple(block["norm1"]["scale"].shape[0] for block in first)
-    return {
+    shown = {
         "embed_dim": dims,
         "depths": tuple(sum(key.startswith("blocks_") for key in stage) for stage in stages),
         "layerscale": tuple("gamma_1" in block for block in first),
         "mlp_ratio": first[0]["mlp2"]["fc1"]["bias"].shape[0] / max(dims[0], 1),
         "qkv_bias": "bias" in first[0]["attn"]["qkv"],
-        "projection": params["head"]["kernel"].shape[0],
-        "num_classes": params["head"]["kernel"].shape[1],
         "in_chans": params["patch_embed"]["proj_0"]["kernel"].shape[2],
     }
+    if "proj" in params:
+        shown["projection"] = params["proj"]["kernel"].shape[1]
+    if "head" in params:
+        shown["num_classes"] = params["head"]["kernel"].shape[1]
+    return shown
 
 
 def _remedy(shapes: Mapping[str, Any]) -> str:

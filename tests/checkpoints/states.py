@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stvit_jax.checkpoints.manager import Checkpoints
+from tests.privileges import unprivileged
 
 
 class Moments(NamedTuple):
@@ -138,11 +139,17 @@ def slow_digest(array: np.ndarray) -> str:
 
 
 def child(
-    file: str, name: str, *args: object, devices: int = 1, **environment: str
+    file: str,
+    name: str,
+    *args: object,
+    devices: int = 1,
+    rights: bool = True,
+    **environment: str,
 ) -> subprocess.Popen[str]:
     """Starts a test file as a program that calls the function of that name."""
+    command = [sys.executable, file, name, *map(str, args)]
     return subprocess.Popen(
-        [sys.executable, file, name, *map(str, args)],
+        command if rights else unprivileged(*command),
         env=os.environ
         | {
             "JAX_PLATFORMS": "cpu",

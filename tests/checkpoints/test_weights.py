@@ -3,119 +3,33 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import optax
 import pytest
 import safetensors.numpy
 
-from stvit_jax import config, torch_weights
-from stvit_jax.checkpoints import digests, fit, weights
+from stvit_jax import torch_weights
+from stvit_jax.checkpoints import fit, weights
 from stvit_jax.checkpoints.fit import load_weights
-from stvit_jax.checkpoints.manager import Checkpoints
-from stvit_jax.checkpoints.weights import Weights
 from stvit_jax.errors import UserError
-from stvit_jax.models.settings import SETTINGS, complete, create
+from stvit_jax.models.settings import complete, create
 from stvit_jax.models.stvit import create_model
-from stvit_jax.training import step as training
-
-FORMS = {"pth": "w.pth", "safetensors": "w.safetensors", "directory": "w"}
-
-
-def tree_of(state_dict: dict[str, np.ndarray], dtype=np.float32) -> dict:
-    """Variables with the golden values, floats in `dtype`."""
-    return torch_weights.from_torch(
-        {k: x.astype(dtype) if x.ndim else x for k, x in state_dict.items()}
-    )
-
-
-def assert_bits_equal(ours, theirs) -> None:
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
-
-
-@pytest.fixture
-def overrides(data_dir) -> dict:
-    return json.loads((data_dir / "tiny_config.json").read_text())
-
-
-@pytest.fixture
-def tiny(overrides, golden_state) -> Weights:
-    settings = {k: overrides.get(k, 3) for k in SETTINGS}
-    return Weights(
-        tree_of(golden_state("tiny")), {"name": "stvit_small", **settings}, Path("made"), {}
-    )
-
-
-@pytest.fixture
-def workdir(tmp_path, tiny, overrides) -> Callable[[int], Path]:
-    """Saves a run's checkpoint at a step; parameters are the tiny ones plus the step."""
-    path = tmp_path / "run"
-    path.mkdir()
-    run = config.base()
-    run.model.update({k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()})
-    run.model.num_classes = None  # from the data, as in configs/
-    (path / "config.json").write_text(config.to_json(run))
-
-    def save(step: int, ema: bool = True) -> Path:
-        def shifted(by: float):
-            return jax.tree.map(
-                lambda x: jnp.asarray(x + by if x.ndim else x, np.float32 if x.ndim else np.int32),
-                tiny.variables,
-            )
-
-        variables = shifted(step)
-        state = training.TrainState(
-            step=jnp.int32(step),
-            opt_state=optax.adamw(0.1).init(variables["params"]),
-            ema=shifted(step + 0.5) if ema else {},
-            **variables,
-        )
-        checkpoints = Checkpoints(path / "checkpoints", keep=3)
-        checkpoints.save(step, state)
-        checkpoints.close()
-        return path
-
-    return save
-
-
-def rewrite_meta(checkpoint: Path, **changes) -> None:
-    """Changes what a checkpoint says of itself, with the checksum that belongs to it."""
-    file = checkpoint / "meta/metadata"
-    meta = json.loads(file.read_text()) | changes
-    del meta["checksum"]
-    meta["checksum"] = digests._checksum(meta)
-    file.write_text(json.dumps(meta))
+from tests.checkpoints.networks import FORMS, assert_bits_equal, tree_of
 
 
 @pytest.mark.parametrize("first, second", list(itertools.product(FORMS.values(), repeat=2)))
 def test_every_form_into_every_other_keeps_every_bit(first, second, tiny, tmp_path):
-    weights.write(tmp_path / "a" / first, tiny)
+    names = tuple(f"class {i}" for i in range(9)) + ("café",)
+    weights.write(tmp_path / "a" / first, dataclasses.replace(tiny, classes=names))
     weights.write(tmp_path / "b" / second, weights.read(tmp_path / "a" / first))
     last = weights.read(tmp_path / "b" / second)
     assert_bits_equal(last.variables, tiny.variables)
-    assert last.settings == tiny.settings
+    assert (last.settings, last.classes) == (tiny.settings, names)
     assert last.variables["batch_stats"]["norm"]["count"].dtype == np.int64
     assert not list(tmp_path.glob("?/*.tmp*"))
-
-
-@pytest.mark.parametrize("first, second", list(itertools.product(FORMS.values(), repeat=2)))
-def test_class_names_go_through_every_form(first, second, tiny, workdir, tmp_path):
-    names = tuple(f"class {i}" for i in range(9)) + ("caf\u00e9",)
-    path = workdir(3)
-    assert weights.read(path).classes is None  # a run from before they were kept
-    (path / "classes.json").write_text(json.dumps(names))
-    found = fit.identify(weights.read(path))
-    weights.write(tmp_path / "a" / first, found)
-    weights.write(tmp_path / "b" / second, weights.read(tmp_path / "a" / first))
-    last = weights.read(tmp_path / "b" / second)
-    assert (last.classes, last.settings, last.step) == (names, tiny.settings, None)
 
 
 @pytest.mark.parametrize("form", FORMS.values())
@@ -209,61 +123,6 @@ def test_wrong_statements_list_the_differences(tiny, overrides):
 def test_absurd_settings_of_a_file_are_one_line(damage, tiny):
     with pytest.raises(UserError, match="made: "):
         fit.identify(dataclasses.replace(tiny, settings=tiny.settings | damage))
-
-
-def test_workdir_of_a_run(workdir, tiny, caplog):
-    workdir(3)
-    path = workdir(5)
-    for ema, by in ((False, np.float32(5)), (True, np.float32(5.5))):
-        found = weights.read(path, ema)
-        assert found.source == path / "checkpoints/5"
-        assert complete(found.variables, found.settings) == tiny.settings
-        expected = jax.tree.map(lambda x, by=by: x + by if x.ndim else x, tiny.variables)
-        assert_bits_equal(found.variables, expected)
-
-    # A damaged one is passed over and left alone: values that are not the saved ones, ...
-    sound = json.loads((path / "checkpoints/5/meta/metadata").read_text())
-    wrong = sound["digests"] | {"params/head/bias": "0123456789abcdef"}
-    rewrite_meta(path / "checkpoints/5", digests=wrong)
-    assert weights.read(path).source.name == "3"
-    assert "checkpoints/5 is damaged: the digest of params/head/bias is not the" in caplog.text
-    assert weights.read(path, ema=True).source.name == "5"
-    rewrite_meta(path / "checkpoints/5", digests=sound["digests"])
-
-    # ... files that cannot be decoded.
-    caplog.clear()
-    for file in (path / "checkpoints/5/state/d").iterdir():
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
-    before = sorted(path.rglob("*"))
-    assert weights.read(path).source.name == "3"
-    assert "checkpoints/5 is damaged" in caplog.text
-    assert sorted(path.rglob("*")) == before
-
-
-def test_workdirs_are_read_as_strictly_as_on_resume(workdir, caplog):
-    workdir(3)
-    path = workdir(5)
-    assert weights.read(path).step == 5
-    (path / "checkpoints/5").rename(path / "checkpoints/7")
-    assert weights.read(path).step == 3
-    assert "checkpoints/7 is damaged: it holds the state of batch 5" in caplog.text
-    rewrite_meta(path / "checkpoints/7", position=7, format=99)
-    with pytest.raises(UserError, match="7 has format 99, this program reads 1; use the version"):
-        weights.read(path)
-
-
-def test_workdir_without_what_is_asked_for(workdir, tmp_path):
-    path = workdir(3, ema=False)
-    with pytest.raises(UserError, match="holds no moving average"):
-        weights.read(path, ema=True)
-    (path / "checkpoints/3").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="no sound checkpoint"):
-        weights.read(path)
-    (path / "config.json").unlink()
-    with pytest.raises(UserError, match="config.json cannot be read"):
-        weights.read(path)
 
 
 @pytest.mark.parametrize("form", FORMS.values())

@@ -113,6 +113,37 @@ def test_a_bare_state_dict_and_names_with_module(states, tmp_path, capsys):
     assert_holds(tmp_path / "out.pth", states["model"])
 
 
+def test_a_backbone_of_a_compiled_network_with_a_device_beside_it(states, tmp_path, capsys):
+    """Nothing is lost without a word: what was taken off, set to zero, ignored, initialised."""
+    held = {
+        f"module._orig_mod.{name}": x
+        for name, x in states["model"].items()
+        if not name.startswith("head.") and not name.endswith("num_batches_tracked")
+    }
+    rest = {f"entry {i}": i for i in range(60)} | {"device": torch.device("cpu")}
+    torch.save({"state_dict": held} | rest, tmp_path / "in.pth.tar")
+    said = run(capsys, tmp_path / "in.pth.tar", "--output", tmp_path / "out.pt")
+    assert "  note     taken off the names: module._orig_mod.\n" in said
+    assert "  note     28 num_batches_tracked are missing: taken for 0\n" in said
+    assert "  note     head is not in it: initialised anew, to be trained\n" in said
+    assert said.count("  ignored  entry ") == 50 and "  ignored  12 entries more\n" in said
+    back = torch.load(tmp_path / "out.pt", weights_only=True)["model"]
+    torch_stvit.create_model("stvit_small").load_state_dict(back, strict=True)
+    assert torch.equal(back["norm.weight"], states["model"]["norm.weight"])
+    assert 0.01 < back["head.weight"].std() < 0.03 and back["norm.num_batches_tracked"] == 0
+
+
+def test_outputs_in_homes_and_of_other_forms(states, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    torch.save(states["model"], "in.pth")
+    said = run(capsys, "~/in.pth", "--output", "~/out.safetensors")
+    assert f"sha256   {sha256(tmp_path / 'out.safetensors')}" in said
+    assert ".npz is not written" in refused(capsys, "in.pth", "--output", "out.npz")
+    assert "is an address" in refused(capsys, "in.pth", "--output", "gs://bucket/out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth", "out.safetensors"]
+
+
 def test_what_is_no_stvit_is_refused_with_both_lists(states, tmp_path, capsys):
     state = dict(states["model"])
     state["layer1.0.conv1.weight"] = state.pop("layers.1.blocks.1.mlp2.fc1.bias")
