@@ -36,12 +36,22 @@ def augment_batch(
     label_smoothing: float = 0.1,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """What one training step sees: float32 images (B, H, W, 3) and soft labels (B, K).
+    """What one training step sees of a batch; the defaults are the recipe.
 
-    `images` are uint8 (B, H, W, 3), `labels` int (B,). The defaults are the recipe; `randaugment`
-    and `mixup` (which stands for CutMix too) can be off, `erasing_probability` 0. Without mixup the
-    labels are smoothed all the same. `group_size` 0 is the whole batch. `mesh` is that over all of
-    whose axes the batch is sharded, None for one device.
+    Args:
+      key: of this step.
+      images: uint8 (B, H, W, 3).
+      labels: integers (B,).
+      num_classes: K.
+      group_size: images that share a draw of mixup or CutMix; 0: the whole batch.
+      randaugment: whether there is any.
+      erasing_probability: 0: none.
+      mixup: whether there is any, CutMix included; labels are smoothed without it, too.
+      label_smoothing: what the label gives away to all classes.
+      mesh: over all of whose axes the batch is sharded, None for one device.
+
+    Returns:
+      Float32 images (B, H, W, 3), and soft labels (B, K).
     """
     rand_augment_key, erasing_key, mix_key = jax.random.split(key, 3)
     if randaugment:

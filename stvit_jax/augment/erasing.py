@@ -14,9 +14,15 @@ _ASPECT = (0.3, 1 / 0.3)  # height / width
 
 
 def random_erasing(key: jax.Array, images: jax.Array, *, probability: float = 0.25) -> jax.Array:
-    """Puts N(0, 1) noise, per pixel and channel, into one box of some normalised images.
+    """Puts N(0, 1) noise, per pixel and channel, into one box of some images.
 
-    `images` is float (B, H, W, 3), as is the result. Boxes are those of `draw_erasing`.
+    Args:
+      key: of this batch.
+      images: normalised floats (B, H, W, 3).
+      probability: with which an image has a box, see `draw_erasing`.
+
+    Returns:
+      Images of the same shape and type.
     """
     box_key, noise_key = jax.random.split(key)
     batch, height, width, _ = images.shape

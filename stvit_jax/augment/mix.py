@@ -40,11 +40,18 @@ def mixup_cutmix(
     *,
     group_size: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes each image and its target with those of its partner; shapes and types stay.
+    """Mixes each image and its target with those of its partner, as `draw_mix` has it.
 
-    `images` is float (B, H, W, 3), `targets` float (B, K), already smoothed. Image i of a group is
-    mixed with image `group_size` - 1 - i of it, by CutMix or mixup, as `draw_mix` has it.
-    `group_size` 0 is the whole batch; otherwise it divides B.
+    Image i of a group is mixed with image `group_size` - 1 - i of it.
+
+    Args:
+      key: of this batch.
+      images: floats (B, H, W, 3).
+      targets: floats (B, K), already smoothed.
+      group_size: divides B; 0: the whole batch.
+
+    Returns:
+      Images and targets of the same shapes and types.
     """
     batch, height, width, _ = images.shape
     group_size = group_size or batch

@@ -55,12 +55,20 @@ def rand_augment(
     prob: float = 0.5,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """RandAugment on a batch of uint8 images (B, H, W, 3), same shape and type out.
+    """RandAugment on a batch of images; sample i depends on `key`, i and its image alone.
 
-    `num_ops` ops are drawn with replacement, each applied with probability `prob`, at a magnitude
-    drawn from N(`magnitude`, `magnitude_std`) and clipped to 0..10, negative with probability 0.5.
-    Sample i depends on `key`, i and its image alone. `mesh` must be given when the batch axis is
-    sharded, over all axes of that mesh; values do not depend on it.
+    Args:
+      key: of this batch.
+      images: uint8 (B, H, W, 3).
+      magnitude: mean of the magnitudes, which are clipped to 0..10, negative in half of the draws.
+      magnitude_std: their standard deviation.
+      num_ops: how many ops are drawn for a sample, with replacement.
+      prob: with which each is applied.
+      mesh: over all of whose axes the batch is sharded, None for one device; values do not depend
+        on it.
+
+    Returns:
+      Images of the same shape and type.
     """
     draws = draw(
         key,
@@ -106,7 +114,7 @@ def apply_op(image: jax.Array, op: str, magnitude: float, negate: bool) -> jax.A
     blend is formed in double here, the other arguments in float32.
 
     Args:
-      image: a NumPy or JAX array.
+      image: a NumPy or JAX array, of 2**24 pixels at most.
       op: one of `OPS`.
       magnitude: in 0..10.
       negate: turns the sign of ops that have one.
@@ -117,8 +125,10 @@ def apply_op(image: jax.Array, op: str, magnitude: float, negate: bool) -> jax.A
     if op not in OPS:
         raise UserError(f"unknown RandAugment op {one_line(repr(op))}: use one of {', '.join(OPS)}")
     is_image = isinstance(image, np.ndarray | jax.Array) and image.dtype == np.uint8
-    if not (is_image and image.size and image.ndim == 3 and image.shape[2] == 3):
-        raise UserError(f"the image is {kind_of(image)}; apply_op takes uint8 (H, W, 3)")
+    if not (is_image and 0 < image.size <= 3 * 2**24 and image.ndim == 3 and image.shape[2] == 3):
+        raise UserError(
+            f"the image is {kind_of(image)}; apply_op takes uint8 (H, W, 3) of 1 to 2**24 pixels"
+        )
     magnitude = magnitude.item() if getattr(magnitude, "shape", None) == () else magnitude
     if not (isinstance(magnitude, int | float) and 0 <= magnitude <= MAX_MAGNITUDE):
         raise UserError(

@@ -45,8 +45,9 @@ def op_tables(
     added = 11 * (steps >> 27) + (11 * (steps & 2**27 - 1) >> 27)
 
     pixels = packed.shape[1] * packed.shape[2]
-    total = jnp.sum(grey(packed).astype(jnp.int32), axis=(1, 2), dtype=jnp.int32)
-    mean = ((2 * total + pixels) // (2 * pixels))[:, None, None]  # int(mean + 0.5)
+    total = jnp.sum(grey(packed), axis=(1, 2), dtype=jnp.uint32)  # 2**24 pixels fit
+    half_up = 2 * (total % pixels) >= pixels
+    mean = (total // pixels + half_up)[:, None, None]  # int(mean + 0.5)
 
     table = jnp.select(
         [

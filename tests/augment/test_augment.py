@@ -258,6 +258,14 @@ def test_everything_off_is_normalisation_and_smoothing() -> None:
     np.testing.assert_array_equal(targets, mix.smooth_one_hot(labels, 7, 0.1))
 
 
+def test_no_key_is_drawn_from_twice() -> None:
+    run = jax.jit(functools.partial(augment.augment_batch, num_classes=7, group_size=2))
+    with jax.debug_key_reuse(True):
+        run(jax.random.key(0), *images_and_labels(4))
+        with pytest.raises(jax.errors.KeyReuseError):
+            jax.jit(lambda key: jax.random.uniform(key) + jax.random.normal(key))(jax.random.key(0))
+
+
 def test_float64_mode_keeps_float32(x64: None) -> None:
     shapes = jax.eval_shape(
         functools.partial(augment.augment_batch, num_classes=7),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from stvit_jax.augment import affine, blends
+from stvit_jax.augment import affine, blends, tables
 from stvit_jax.augment import rand_augment as ra
 from stvit_jax.errors import UserError
 
@@ -135,6 +135,18 @@ def test_blends_of_single_images_take_magnitudes_in_double(op: str) -> None:
             factor = float(reference_factor(magnitude, -1 if negate else 1))
             expected = BLENDS[op](Image.fromarray(image)).enhance(factor)
             np.testing.assert_array_equal(ra.apply_op(image, op, magnitude, negate), expected)
+
+
+def test_the_mean_of_a_large_image_does_not_overflow() -> None:
+    """Contrast blends with it: the sum of 2**24 bright pixels is just below 2**32."""
+    draws = draws_of("ContrastIncreasing", np.float32([9]), np.float32([-1]))
+    fields = (draws.op[0], draws.magnitude[0], draws.factor[0])
+    of_many, of_few = (
+        jax.jit(tables.op_tables)(jnp.full((1, *size), 0xFAFAFA, jnp.uint32), *fields)
+        for size in ((2**12, 2**12), (8, 8))
+    )
+    np.testing.assert_array_equal(of_many, of_few)
+    assert of_few[0, 0, 250] == 250
 
 
 def test_solarize_add_adds_what_doubles_say() -> None:
