@@ -4,9 +4,12 @@ A mistake is one line that names the field or the file and the remedy.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -17,6 +20,8 @@ from ml_collections import ConfigDict, config_flags
 from stvit_jax.config import field_names
 from stvit_jax.console import warn
 from stvit_jax.errors import UserError, did_you_mean, one_line, reason
+
+PATIENCE = 10  # seconds that a program which is over waits for threads of libraries
 
 
 def entry(main: Callable[[], int | None]) -> NoReturn:
@@ -30,6 +35,20 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
         where = f"{one_line(error.filename)}: " if error.filename else ""
         warn(f"error: {where}{reason(error)}")
         code = 1
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the program; threads of libraries that hang do not keep it, as a read that never ends."""
+    deadline = time.monotonic() + PATIENCE
+    others = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    for thread in others:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    if any(thread.is_alive() for thread in others):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
 
 

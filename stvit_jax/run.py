@@ -22,6 +22,7 @@ from stvit_jax.checkpoints.manager import Checkpoints
 from stvit_jax.config import check_same_recipe, to_json, validate
 from stvit_jax.console import say, warn
 from stvit_jax.data.examples import batch_spec
+from stvit_jax.data.files import allow_many_open
 from stvit_jax.data.loader import eval_batches, train_batches
 from stvit_jax.data.order import Order
 from stvit_jax.data.prefetch import DevicePrefetch, device_prefetch
@@ -52,6 +53,7 @@ def run(config: ConfigDict, where: Path, stop: Stop) -> int:
       UserError: a mistake in the config, the data or the workdir.
     """
     validate(config)
+    allow_many_open()  # a checkpoint of a large network and a set in shards have many files
     x64 = config.dtype == "float64"
     parallel.prepare(x64=x64, deterministic=config.deterministic, workdir=where)
     mesh = parallel.make_mesh(config.batch_size)

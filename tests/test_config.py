@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 
 import pytest
@@ -161,3 +162,17 @@ def test_a_command_ends_with_one_line_and_its_code(fault, line, code, capsys):
     with pytest.raises(SystemExit) as ended:
         command_line.entry(main)
     assert ended.value.code == code and capsys.readouterr().err.strip() == line
+
+
+@pytest.mark.parametrize("code", [0, 1, 75])
+def test_a_thread_that_hangs_does_not_keep_a_program_that_is_over(code):
+    program = (
+        "import threading, time\n"
+        "from stvit_jax import command_line\n"
+        "command_line.PATIENCE = 0.5\n"
+        "threading.Thread(target=time.sleep, args=(1000,)).start()\n"
+        f"print('done', end='')\ncommand_line.entry(lambda: {code})\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, "done"), done.stderr

@@ -26,6 +26,7 @@ from stvit_jax.data.normalization import MEAN, STD, normalize
 from stvit_jax.data.order import Order
 from stvit_jax.data.sources import open_source
 from stvit_jax.errors import UserError, listing
+from stvit_jax.models.settings import absent
 from stvit_jax.models.settings import images as input_of
 from stvit_jax.models.stvit import STViT, create_model
 from stvit_jax.tasks import robustness
@@ -254,6 +255,13 @@ def adopt(
       UserError: weights of another network or, if `exact`, of other classes.
     """
     fit.check_heads(model, found)
+    for note in found.notes:
+        say(f"{found.source}: {note}")
+    if exact and (missing := absent(found.variables)):
+        raise UserError(
+            f"{found.source} has no {' and no '.join(missing)}, so there is nothing to evaluate: "
+            "train it first, with --config.init_from of this file"
+        )
     if exact and fit.has_other_head(variables, found):
         raise UserError(
             f"{found.source} has a head for another number of classes than {model.num_classes}, "
