@@ -39,7 +39,7 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the program; threads of libraries that hang do not keep it, as a read that never ends."""
+    """Ends the program; a thread of a library that hangs, in a read say, does not keep it."""
     deadline = time.monotonic() + PATIENCE
     others = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
     for thread in others:
