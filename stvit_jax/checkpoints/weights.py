@@ -92,6 +92,8 @@ def read(path: str | Path, ema: bool = False) -> Weights:
     if not isinstance(weights.settings, dict | None):
         kind = type(weights.settings).__name__
         raise UserError(f"{source} is damaged: its stvit_config is no mapping but {kind}")
+    if not all(isinstance(weights.variables.get(c[:-1]), dict) for c in _COLLECTIONS):
+        raise UserError(f"{source} holds no params and batch_stats of a network")
     try:
         variables = jax.tree_util.tree_map_with_path(_canonical, weights.variables)
     except UserError as error:
@@ -292,7 +294,7 @@ def _from_torch(
 
 def _canonical(path: Any, array: np.ndarray) -> np.ndarray:
     """Floats of at least 32 bits, counters of 64; exact."""
-    if path[-1].key == "count" and np.issubdtype(array.dtype, np.integer):
+    if path_name(path).endswith("/count") and np.issubdtype(array.dtype, np.integer):
         return np.asarray(array, np.int64)
     if array.dtype in (np.float32, np.float64):
         return array

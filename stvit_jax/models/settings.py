@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stvit_jax.errors import UserError, one_line
+from stvit_jax.errors import UserError, listing, one_line
 from stvit_jax.models.stvit import VARIANTS, STViT, create_model
 from stvit_jax.trees import differences
 
@@ -69,7 +69,11 @@ def complete(
     Raises:
       UserError: no variant has these shapes, or not the one that was stated (with differences).
     """
-    shapes = _shape_settings(variables)
+    try:
+        shapes = _shape_settings(variables)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:  # of another network
+        held = listing(variables["params"])
+        raise UserError(f"these are not the weights of an STViT: they are of {held}") from error
     if (stages := len(shapes["depths"])) > _STAGES:
         raise UserError(f"it has {stages} stages, more than any STViT")
     stated = {"name": name, **overrides} if name else carried

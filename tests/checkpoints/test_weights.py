@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from stvit_jax import torch_weights
-from stvit_jax.checkpoints import fit, weights
+from stvit_jax.checkpoints import directories, fit, weights
 from stvit_jax.checkpoints.fit import load_weights
 from stvit_jax.errors import UserError
 from stvit_jax.models.settings import complete, create
@@ -130,6 +130,20 @@ def test_a_file_with_one_set_has_no_moving_average(form, tiny, tmp_path):
     weights.write(tmp_path / form, tiny)
     with pytest.raises(UserError, match="holds no moving average; leave ema out"):
         weights.read(tmp_path / form, ema=True)
+
+
+def test_directories_of_other_networks_are_one_line(tiny, tmp_path):
+    other = {"params": {"conv": {"kernel": np.ones(3, np.float32)}}, "batch_stats": {}}
+    for name, variables in {
+        "a": other,
+        "b": {"params": [np.ones(3)]},
+        "c": {"x": np.ones(3)},
+    }.items():
+        directories.write(tmp_path / name, variables, {"stvit_config": tiny.settings})
+        with pytest.raises(
+            UserError, match="not the weights of an STViT: they are of conv|holds no"
+        ):
+            fit.identify(weights.read(tmp_path / name))
 
 
 def test_damaged_directory_is_noticed(tiny, tmp_path):
