@@ -100,11 +100,9 @@ def draw(
     )
     deviation = jax.random.normal(normal_key, (batch, num_ops), jnp.float32)
     op = jnp.floor(which * len(OPS)).astype(jnp.int32)
-    magnitude = jnp.clip(magnitude + magnitude_std * deviation, 0.0, MAX_MAGNITUDE)
+    drawn = jnp.clip(magnitude + magnitude_std * deviation, 0.0, MAX_MAGNITUDE)
     sign = jnp.where(negative < 0.5, jnp.float32(-1), jnp.float32(1))
-    return Draws(
-        jnp.where(applied < prob, op, NO_OP), magnitude, sign, blends.factor_of(magnitude, sign)
-    )
+    return Draws(jnp.where(applied < prob, op, NO_OP), drawn, sign, blends.factor_of(drawn, sign))
 
 
 def apply_op(image: jax.Array, op: str, magnitude: float, negate: bool) -> jax.Array:
@@ -122,7 +120,7 @@ def apply_op(image: jax.Array, op: str, magnitude: float, negate: bool) -> jax.A
     Raises:
       UserError: an unknown op, no such image, or a magnitude outside 0..10.
     """
-    if op not in OPS:
+    if not isinstance(op, str) or op not in OPS:
         raise UserError(f"unknown RandAugment op {one_line(repr(op))}: use one of {', '.join(OPS)}")
     is_image = isinstance(image, np.ndarray | jax.Array) and image.dtype == np.uint8
     if not (is_image and 0 < image.size <= 3 * 2**24 and image.ndim == 3 and image.shape[2] == 3):
@@ -135,7 +133,7 @@ def apply_op(image: jax.Array, op: str, magnitude: float, negate: bool) -> jax.A
             f"the magnitude is {one_line(repr(magnitude))}; it must be a number in 0..10"
         )
     sign = -1.0 if negate else 1.0
-    values = (magnitude, sign, max(0.1, 1 + sign * 0.09 * magnitude))
+    values = (magnitude, sign, max(0.1, 1 + sign * (magnitude / 10 * 0.9)))  # in timm's order
     draws = Draws(
         jnp.full((1, 1), OPS.index(op), jnp.int32),
         *(jnp.full((1, 1), value, jnp.float32) for value in values),

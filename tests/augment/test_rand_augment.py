@@ -166,8 +166,9 @@ def test_ops_are_those_of_the_golden_file() -> None:
 
 
 def test_unknown_op_is_a_user_error() -> None:
-    with pytest.raises(UserError, match="'Blur'.*AutoContrast"):
-        ra.apply_op(photo(0), "Blur", 9.0, False)
+    for op in ("Blur", None, np.array(["Invert"])):
+        with pytest.raises(UserError, match="unknown RandAugment op .*AutoContrast"):
+            ra.apply_op(photo(0), op, 9.0, False)
 
 
 @pytest.mark.parametrize(
