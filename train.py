@@ -16,6 +16,7 @@ if __name__ == "__main__":
     from stvit_jax import command_line
 
     def main() -> int:
+        """The order: flags first, so that a mistake in them costs no seconds."""
         config, workdir = command_line.train(sys.argv[1:], __doc__)
         from stvit_jax.run import run
 

@@ -262,7 +262,7 @@ class Block(nn.Module):
 
 
 def scale(gamma: Tensor | None, x: Tensor) -> Tensor:
-    """gamma * x in the dtype of x, or x where there is no layer scale."""
+    """Gamma * x in the dtype of x, or x where there is no layer scale."""
     return x if gamma is None else gamma.to(x.dtype) * x
 
 

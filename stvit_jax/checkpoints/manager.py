@@ -111,6 +111,19 @@ class Checkpoints:
         else:
             self._in_flight = position
 
+    def save_and_wait(self, position: int, state: PyTree, notes: dict[str, Any]) -> None:
+        """As `save`, and returns when it is on disk.
+
+        Raises:
+          UserError: it could not be saved.
+        """
+        self.save(position, state, notes)
+        if self.wait() != position:
+            raise UserError(
+                f"step {position} could not be saved, see above; free some space, and the same "
+                "command continues from the checkpoint before"
+            )
+
     def wait(self) -> int | None:
         """Waits for the save in flight, if any; returns the newest position that is on disk.
 

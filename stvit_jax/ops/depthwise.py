@@ -23,7 +23,7 @@ _CENTRE = 4  # of the nine taps in row-major order
 
 @partial(jax.checkpoint, prevent_cse=False)  # the gradient keeps x, not its nine shifts
 def residual_depthwise3x3(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """x + depthwise convolution of x with `kernel` + `bias`, padded with one zero on all sides.
+    """X + depthwise convolution of x with `kernel` + `bias`, padded with one zero on all sides.
 
     Args:
       x: (B, H, W, C).

@@ -1,7 +1,7 @@
 """The run: step, log, save, evaluate, stop. How any of these is done is somebody else's."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
@@ -52,25 +52,17 @@ def train(
 
     def save_last() -> None:
         meter.report_up_to(step)
-        checkpoints.save(step, state, meter.notes(step))
-        if checkpoints.wait() != step:
-            raise UserError(
-                f"step {step} could not be saved, see above; free some space, and the same command "
-                "continues from the checkpoint before"
-            )
-
-    def give_up(fault: UserError) -> NoReturn:
-        """Ends the run for a fault of the data, with what it has learned so far saved."""
-        if step == start:
-            raise fault
-        save_last()
-        raise UserError(f"{fault}. Step {step} is saved, the same command continues") from fault
+        checkpoints.save_and_wait(step, state, meter.notes(step))
 
     def of_data(act: Callable, *args: Any) -> Any:
+        """A fault of the data ends the run with what it has learned so far saved."""
         try:
             return act(*args)
         except UserError as fault:
-            give_up(fault)
+            if step == start:
+                raise
+            save_last()
+            raise UserError(f"{fault}. Step {step} is saved, the same command continues") from fault
 
     try:
         if plan.evaluates(step) and not evaluated:

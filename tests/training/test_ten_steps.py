@@ -46,7 +46,7 @@ def augment(key, images, labels):
 
 
 def published_rate(step: int) -> float:
-    """timm 0.5.4's cosine schedule, stepped after each epoch."""
+    """Timm 0.5.4's cosine schedule, stepped after each epoch."""
     t = max(step // RECIPE["steps_per_epoch"] - 1, 0)
     low, high, total = RECIPE["minimum"], RECIPE["base"], RECIPE["epochs"]
     if t < RECIPE["warmup_epochs"]:
