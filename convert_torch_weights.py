@@ -22,7 +22,6 @@ Any other network is stated as a variant and what differs from it, by the publis
 import argparse
 import ast
 import hashlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stvit_jax import torch_weights
+from stvit_jax import command_line, torch_weights
 from stvit_jax.checkpoints import fit, weights
-from stvit_jax.console import say, warn
+from stvit_jax.console import say
 from stvit_jax.errors import UserError
 from stvit_jax.models.settings import SETTINGS, UNOPTIMIZED, create
 from stvit_jax.models.stvit import list_models
@@ -126,10 +125,12 @@ def _setting(text: str) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The command; returns the exit code.
+
+    Raises:
+      UserError: as `convert`, or a mistake in the command line.
+    """
+    parser = command_line.parser("convert_torch_weights.py", __doc__)
     parser.add_argument("input", metavar="INPUT")
     parser.add_argument("--output", required=True)
     parser.add_argument("--model", metavar="NAME", help=", ".join(list_models()))
@@ -142,13 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = {field: value for field, value in overrides.items() if value is not None}
     if overrides and not args["model"]:
         parser.error("overrides need --model")
-    try:
-        convert(args.pop("input"), **args, **overrides)
-    except UserError as error:
-        warn(f"error: {error}")
-        return 1
+    convert(args.pop("input"), **args, **overrides)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.entry(main)

@@ -58,10 +58,10 @@ def train(argv: Sequence[str], usage: str) -> tuple[ConfigDict, Path]:
     Raises:
       UserError: a mistake in the command line or in the config file that it names.
     """
-    parser = _parser("train.py", usage)
-    parser.add_argument("--config", metavar="configs/NAME.py[:ARG]")
-    parser.add_argument("--workdir", metavar="DIR", help="of checkpoints and metrics")
-    known, rest = parser.parse_known_args(argv)
+    flags_of = parser("train.py", usage)
+    flags_of.add_argument("--config", metavar="configs/NAME.py[:ARG]")
+    flags_of.add_argument("--workdir", metavar="DIR", help="of checkpoints and metrics")
+    known, rest = flags_of.parse_known_args(argv)
     if not known.config or known.workdir is None:
         raise UserError("write: python train.py --config configs/NAME.py --workdir DIR")
     return read_config(known.config, rest), local_path("--workdir", known.workdir)
@@ -117,18 +117,14 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help says what there is")
 
 
-def _parser(program: str, usage: str) -> argparse.ArgumentParser:
+def parser(program: str, usage: str) -> argparse.ArgumentParser:
+    """Of a command, as people write it: its docstring as help, mistakes as UserError."""
     return _Parser(
         prog=program,
         description=usage,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-
-
-def parser(module: str, usage: str) -> argparse.ArgumentParser:
-    """For `python -m MODULE`: its docstring as help, mistakes as UserError."""
-    return _parser(f"python -m {module}", usage)
 
 
 def _explain(overrides: Sequence[str], error: Exception) -> str:

@@ -90,7 +90,7 @@ def _shorten(text: str, draw: ImageDraw.ImageDraw, font: Any) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = command_line.parser("stvit_jax.contact_sheet", __doc__)
+    parser = command_line.parser("python -m stvit_jax.contact_sheet", __doc__)
     parser.add_argument("config", help="configs/NAME.py[:ARG]")
     parser.add_argument("--output", required=True, help="the PNG to write")
     known, overrides = parser.parse_known_args(argv)

@@ -80,7 +80,7 @@ def _head_macs(model: STViT, side: int) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = command_line.parser("stvit_jax.summary", __doc__)
+    parser = command_line.parser("python -m stvit_jax.summary", __doc__)
     parser.add_argument("name", help=", ".join(list_models()))
     parser.add_argument("--image-size", type=int, default=224, help="pixels, square")
     args = parser.parse_args(argv)

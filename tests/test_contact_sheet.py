@@ -91,7 +91,7 @@ def test_captions_name_what_an_image_is_trained_on() -> None:
     [
         (["configs/digit.py"], "there is no config 'configs/digit.py'"),
         (["configs/digits.py", "--config.image_sise=3"], "did you mean config.image_size?"),
-        (["configs/digits.py", "--config.data.source=folder"], "train does not exist"),
+        (["configs/digits.py", "--config.data.source=folder"], "data.dir is empty"),
         (["configs/stvit_small.py:385"], "config argument '385' is unknown"),
     ],
 )

@@ -22,6 +22,8 @@ def convert(version_dir: str) -> None:
       UserError: not a prepared tfds set, not one in TFRecord, damaged, not to be written, or
         TensorFlow is missing.
     """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it greets with lines of its own
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         import tensorflow as tf
     except ImportError as error:

@@ -334,7 +334,10 @@ def test_data_that_hang_are_left(digits_dir: Path, tmp_path: Path, how: str, wor
     """A worker that somebody stopped, and one that waits for ever."""
     done = run_script(HANGING, tmp_path, digits_dir, how, workers, tmp_path / "hangs")
     assert (done.returncode, done.stdout) == (0, "interrupted\nclosed\n"), done.stderr
-    assert done.stderr == ""  # Python would warn of shared memory that is not given back
+    # A worker that had to be killed cannot give back its shared memory: Python's tracker does, and
+    # may say so. Nothing else is said.
+    said = [line for line in done.stderr.splitlines() if "resource_tracker" not in line]
+    assert not [line for line in said if not line.startswith("  warnings.warn(")], done.stderr
 
 
 def wait_until(condition, seconds: float = 20) -> None:
