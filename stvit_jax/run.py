@@ -231,6 +231,11 @@ def _train(
 
 def _evaluate(config: ConfigDict, where: Path, task: Task, evaluator: Evaluator, mesh: Mesh) -> int:
     """Evaluates `init_from`, or the newest checkpoint of the workdir, raw and EMA; only reads."""
+    if not config.init_from and not workdir.has_checkpoints(where):
+        raise UserError(
+            f"there is no checkpoint in {where} to evaluate: name weights with "
+            "--config.init_from=PATH, or the workdir of a run"
+        )
     path = Path(config.init_from or where)
     abstract = jax.eval_shape(task.init, jax.random.key(0))
 

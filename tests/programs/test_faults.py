@@ -288,6 +288,12 @@ def test_a_result_from_nothing_is_an_error(start, folders, trained, tmp_path) ->
     assert "none of the 12 images to evaluate on can be read" in fault
 
 
+def test_nothing_to_evaluate_is_said_before_anything_is_compiled(start, folders, tmp_path) -> None:
+    fault = one_error(evaluate(start, tmp_path / "new", folders))
+    assert "there is no checkpoint in" in fault and "--config.init_from=PATH" in fault
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_run_that_cannot_begin_to_save_ends_at_once(start, folders, tmp_path) -> None:
     tmp_path.joinpath("checkpoints").touch()
     began = time.monotonic()
