@@ -40,6 +40,11 @@ def pytest_report_header() -> str:
     return f"PyTorch is missing: {len(collect_ignore)} files left out" if WITHOUT_TORCH else ""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole programs first: the last file that is begun decides when the two workers are done."""
+    items.sort(key=lambda item: "tests/programs/" not in item.path.as_posix())
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """float64 for one test."""
