@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 
 from stvit_jax.ops.depthwise import residual_depthwise3x3
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def reference(x, kernel, bias):
