@@ -331,7 +331,7 @@ def test_eight_devices_give_the_losses_of_one(start, straight, tmp_path):
     "flags, message",
     [
         (("--config.batch_sizee=64",), "config.batch_sizee; did you mean config.batch_size?"),
-        (("--config.data.name=digit",), "'digit' is not a tfds data set: did you mean digits"),
+        (("--config.data.name=digit",), "there: digits): did you mean digits?"),
         (("--config.seed=1",), "config.seed is 1, was 0"),
         (("--config.batch_size=60",), "batch_size 60 is not divisible by the 8 devices"),
         (("--config.model.num_classes=5",), "num_classes is 5, but digits has 10 classes"),

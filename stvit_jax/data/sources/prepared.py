@@ -199,7 +199,7 @@ def _unknown(name: str, data_dir: str) -> UserError:
     if plain in known:
         close = f"did you mean {plain}?"
     else:
-        close = did_you_mean(plain, [*there, *known], most=3).rstrip()
+        close = did_you_mean(plain, dict.fromkeys([*there, *known]), most=3).rstrip()
     return UserError(
         f"data.name {name!r} is not a tfds data set, and not prepared in {root} ("
         f"{'' if data_dir else 'the default of data.dir; '}there: {listing(there)}): "
