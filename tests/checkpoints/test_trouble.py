@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from stvit_jax.checkpoints.manager import Checkpoints
@@ -117,10 +118,13 @@ MANY = 200  # arrays, as a network has
 
 def fail_noisily(directory: str) -> None:
     """Fails to write many arrays, then to read them."""
-    state = {str(i): jnp.arange(500.0) + i for i in range(MANY)}
+    # Noise, which does not compress: the file of any array is larger than the limit, however many
+    # files the arrays are shared out to.
+    noise = np.random.default_rng(0).random((MANY, 2**14), np.float32)
+    state = {str(i): jnp.asarray(row) for i, row in enumerate(noise)}
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     checkpoints = Checkpoints(directory, keep=2)
-    for position, limit in ((1, hard), (2, 100_000), (3, hard)):
+    for position, limit in ((1, hard), (2, 50_000), (3, hard)):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         checkpoints.save(position, state)
         checkpoints.wait()

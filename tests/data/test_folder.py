@@ -58,7 +58,11 @@ def test_a_folder_without_the_layout(folders: Path) -> None:
     assert "nowhere does not exist: correct it" in refusal(folders / "nowhere", True)
     assert "x.png is a file" in refusal(folders / "val/a/x.png", True)
     assert f"set data.dir={folders}" in refusal(folders / "train", True)
-    assert f"set data.dir={folders}" in refusal(folders.parent, True)
+    around = folders / "around"
+    for split in ("train", "val"):
+        shutil.copytree(folders / split, around / "set" / split)
+    assert f"set data.dir={around}/set" in refusal(around, True)
+    shutil.rmtree(around)
     (folders / "train").rename(folders / "Train")
     assert refusal(folders, True) == (
         f"{folders}/train does not exist (there: Train/, val/): rename Train to train; {layout}"

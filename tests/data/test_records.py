@@ -11,7 +11,7 @@ from stvit_jax.errors import UserError
 from tests.data.processes import run_script
 from tests.mini_sets import prepare_own
 
-SHARDS, IMAGES = 300, 600
+SHARDS, IMAGES, OPEN_FILES = 500, 600, 400
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_more_files_than_may_be_open(shards: Path, tmp_path: Path, workers: int) -> None:
-    done = run_script(MANY_FILES, tmp_path, shards, workers, 160)
+    done = run_script(MANY_FILES, tmp_path, shards, workers, OPEN_FILES)
     assert done.stdout == "done\n", done.stderr
 
 
