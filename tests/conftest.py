@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ import pytest
 
 from stvit_jax.data import digits
 from tests.golden.golden_weights import weight
+
+# nohup and some CI runners ignore it, which programs inherit and train.py respects.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 DATA = Path(__file__).parent / "golden"
 
