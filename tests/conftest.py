@@ -25,7 +25,7 @@ import pytest
 from stvit_jax.data import digits
 from tests.golden.golden_weights import weight
 
-# nohup and some CI runners ignore it, which programs inherit and train.py respects.
+# nohup and some CI runners ignore SIGHUP; train.py respects that, and would inherit it here.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 DATA = Path(__file__).parent / "golden"
