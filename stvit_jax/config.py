@@ -5,6 +5,7 @@ Nothing here knows of devices, data or networks.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -71,6 +72,7 @@ def base() -> ConfigDict:
     config.augment.mixup = True  # and CutMix
     config.drop_path_schedule = ()  # ((epoch, rate), ...): from that epoch on
     config.freeze_batch_norm = False  # fine-tuning: running statistics used and kept, no drop path
+    config.gradient_clip = 0.0  # largest global norm of a gradient; 0: off, as published
     config.dtype = "bfloat16"  # of compute; float32, float64
     config.deterministic = False  # GPU: runs that repeat bit by bit, see parallel.py
     config.init_from = ""  # .pth, .safetensors, converted directory or workdir to start from
@@ -163,6 +165,7 @@ CHECKS: tuple[Check, ...] = (
     _one_of("data.source", "tfds", "folder", "fake"),
     Check("data.dir", _is_local, _LOCAL),
     Check("init_from", _is_local, _LOCAL),
+    Check("gradient_clip", lambda v, _: 0 <= v < math.inf, "it must be finite and at least 0"),
     Check(
         "batch_size",
         lambda v, c: not c.group_size or v % c.group_size == 0,

@@ -100,7 +100,7 @@ class Plans:
             config.epochs,
             steps_per_epoch,
         )
-        tx = optimizer.adamw(learning_rate, config.weight_decay)
+        tx = optimizer.adamw(learning_rate, config.weight_decay, config.gradient_clip)
         return cls(order, plan, learning_rate, tx)
 
 

@@ -8,9 +8,19 @@ import optax
 from stvit_jax.schedules import Schedule
 
 
-def adamw(learning_rate: Schedule, weight_decay: float) -> optax.GradientTransformation:
-    """Decoupled AdamW: betas 0.9 0.999, eps 1e-8, no clipping, decay where `decay_mask` says."""
-    return optax.adamw(learning_rate, weight_decay=weight_decay, mask=decay_mask)
+def adamw(
+    learning_rate: Schedule, weight_decay: float, gradient_clip: float = 0.0
+) -> optax.GradientTransformation:
+    """Decoupled AdamW: betas 0.9 0.999, eps 1e-8, decay where `decay_mask` says.
+
+    Args:
+      learning_rate: by step.
+      weight_decay: its factor.
+      gradient_clip: the largest global norm of a gradient, longer ones are scaled to it; 0: none,
+        as published, and then the state is AdamW's alone.
+    """
+    tx = optax.adamw(learning_rate, weight_decay=weight_decay, mask=decay_mask)
+    return optax.chain(optax.clip_by_global_norm(gradient_clip), tx) if gradient_clip else tx
 
 
 def decay_mask(params: Any) -> Any:

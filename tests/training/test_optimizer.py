@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from stvit_jax import torch_weights
@@ -42,6 +43,33 @@ def test_average_is_over_every_entry_and_truncates_integers():
     new = optimizer.update_average(old, {"a": jnp.array([2.0, 3.0]), "n": jnp.array(19)}, 0.9)
     np.testing.assert_allclose(new["a"], [1.1, 3.0], rtol=1e-6)
     assert (new["n"].dtype, int(new["n"])) == (jnp.int32, 10)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("clip", [0.5, 100.0], ids=["long", "short"])
+def test_clipping_is_that_of_optax_before_adam(clip):
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(rng.normal(size=(3, 2))), "bias": jnp.ones(2)}
+    grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), params)
+    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(grads)))
+    tx = optimizer.adamw(lambda step: 0.1, 0.05, clip)
+    updates, state = tx.update(grads, tx.init(params), params)
+
+    by_optax = optax.clip_by_global_norm(clip)
+    clipped, _ = by_optax.update(grads, by_optax.init(params))
+    np.testing.assert_allclose(clipped["bias"], grads["bias"] * min(1, clip / norm), rtol=1e-12)
+    plain = optimizer.adamw(lambda step: 0.1, 0.05)
+    expected, moments = plain.update(clipped, plain.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+    jax.tree.map(np.testing.assert_array_equal, state[1], moments)
+
+
+def test_without_clipping_the_state_is_that_of_adamw():
+    """Checkpoints of runs without it hold no more."""
+    params = {"kernel": jnp.ones((3, 2))}
+    state = optimizer.adamw(lambda step: 1e-3, 0.05, gradient_clip=0.0).init(params)
+    adamw = optax.adamw(lambda step: 1e-3, weight_decay=0.05, mask=optimizer.decay_mask)
+    assert jax.tree.structure(state) == jax.tree.structure(adamw.init(params))
 
 
 @pytest.mark.usefixtures("x64")
