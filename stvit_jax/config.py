@@ -24,6 +24,8 @@ _MAY_DIFFER = (
     "data.max_bad_fraction",
     "checkpoint_every",
     "checkpoint_keep",
+    # As with the number of devices, the sums of a step are in another order, and no more.
+    "gradient_accumulation",
 )
 
 
@@ -57,6 +59,9 @@ def base() -> ConfigDict:
 
     config.batch_size = 1024  # global, over all devices and hosts
     config.group_size = 128  # images that share BatchNorm statistics; 0: the whole batch
+    # Less memory, the same result: how many parts a batch is learned from one after the other, each
+    # of whole groups; an update still has batch_size images.
+    config.gradient_accumulation = 1
     config.epochs = 300
     config.steps = 0  # > 0 ends the run early; schedules follow epochs
     config.learning_rate = 5e-4  # per 512 images
@@ -64,6 +69,7 @@ def base() -> ConfigDict:
     config.warmup_learning_rate = 1e-6
     config.warmup_epochs = 5
     config.weight_decay = 0.05
+    config.gradient_clip = 0.0  # largest global norm of a gradient; 0: off, as published
     config.ema_decay = 0.99996  # 0: no moving average
     config.label_smoothing = 0.1
     config.augment = ConfigDict()  # on the device; see augment.py
@@ -72,7 +78,6 @@ def base() -> ConfigDict:
     config.augment.mixup = True  # and CutMix
     config.drop_path_schedule = ()  # ((epoch, rate), ...): from that epoch on
     config.freeze_batch_norm = False  # fine-tuning: running statistics used and kept, no drop path
-    config.gradient_clip = 0.0  # largest global norm of a gradient; 0: off, as published
     config.dtype = "bfloat16"  # of compute; float32, float64
     config.deterministic = False  # GPU: runs that repeat bit by bit, see parallel.py
     config.init_from = ""  # .pth, .safetensors, converted directory or workdir to start from
@@ -153,10 +158,11 @@ _LOCAL = "buckets are not supported yet; mount it, or copy it to a local disk"
 
 CHECKS: tuple[Check, ...] = (
     _one_of("task", "classification"),
-    *_at_least(1, "image_size", "batch_size", "epochs", "log_every"),
+    *_at_least(1, "image_size", "batch_size", "epochs", "log_every", "gradient_accumulation"),
     *_at_least(1, "checkpoint_every", "checkpoint_keep", "data.repeats"),
     *_at_least(0, "group_size", "steps", "warmup_epochs", "seed", "eval_every_epochs"),
     *_at_least(0, "learning_rate", "min_learning_rate", "warmup_learning_rate", "weight_decay"),
+    Check("gradient_clip", lambda v, _: 0 <= v < math.inf, "it must be finite and at least 0"),
     *_at_least(0, "data.workers"),
     Check("seed", lambda v, _: v < 2**32, "it must be less than 2**32"),
     *_share("ema_decay", "label_smoothing", "data.max_bad_fraction"),
@@ -165,11 +171,22 @@ CHECKS: tuple[Check, ...] = (
     _one_of("data.source", "tfds", "folder", "fake"),
     Check("data.dir", _is_local, _LOCAL),
     Check("init_from", _is_local, _LOCAL),
-    Check("gradient_clip", lambda v, _: 0 <= v < math.inf, "it must be finite and at least 0"),
     Check(
         "batch_size",
         lambda v, c: not c.group_size or v % c.group_size == 0,
         "it must be a multiple of config.group_size {group_size} (0: the whole batch)",
+    ),
+    Check(
+        "gradient_accumulation",
+        lambda v, c: v == 1 or c.group_size > 0 or c.freeze_batch_norm,
+        "a batch that is one group (config.group_size 0) cannot be normalised in parts; set "
+        "config.group_size",
+    ),
+    Check(
+        "gradient_accumulation",
+        lambda v, c: c.batch_size % (v * (1 if c.freeze_batch_norm else c.group_size or 1)) == 0,
+        "config.batch_size {batch_size} must be that many parts of whole groups of "
+        "config.group_size {group_size}",
     ),
     Check(
         "warmup_epochs",

@@ -22,7 +22,7 @@ from stvit_jax.console import say
 from stvit_jax.data.loader import train_batches
 from stvit_jax.data.order import Order
 from stvit_jax.errors import UserError, reason
-from stvit_jax.training.task import Picture
+from stvit_jax.training.task import Picture, step_keys
 
 GROUPS, GROUP_SIZE = 3, 6
 TILE = 160  # pixels of a picture's side on the sheet
@@ -40,14 +40,15 @@ def contact_sheet(config: ConfigDict) -> Image.Image:
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.batch_size, config.group_size, config.eval_only = count, GROUP_SIZE, False
+        config.gradient_accumulation = 1
     validate(config)
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))
     task = tasks.build(config, mesh)
     order = Order(len(task.train.source), count, GROUP_SIZE, config.data.repeats, seed=config.seed)
     with contextlib.closing(train_batches(task.train, order)) as batches:
         batch = next(batches)
-    first_step = jax.random.fold_in(jax.random.key(config.seed), 0)
-    return _draw(task.sheet(batch, first_step))
+    key, _ = step_keys(jax.random.key(config.seed), 0)
+    return _draw(task.sheet(batch, key))
 
 
 def _draw(pairs: list[list[Picture]]) -> Image.Image:

@@ -42,11 +42,15 @@ def prepare(*, x64: bool, deterministic: bool, workdir: Path) -> None:
         os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
 
 
-def make_mesh(batch_size: int) -> Mesh:
+def make_mesh(batch_size: int, parts: int = 1) -> Mesh:
     """All devices of all processes in a row.
 
+    Args:
+      batch_size: of an update.
+      parts: that it is learned from one after the other.
+
     Raises:
-      UserError: there are none, or `batch_size` examples cannot be split evenly over them.
+      UserError: there are none, or the examples of a part cannot be split evenly over them.
     """
     import jax
     import numpy as np
@@ -60,10 +64,11 @@ def make_mesh(batch_size: int) -> Mesh:
             f"there are no devices for JAX_PLATFORMS={asked!r} ({one_line(error)}): unset it, or "
             'install what it needs: pip install "jax[cuda12]" or "jax[tpu]"'
         ) from error
-    if batch_size % len(devices):
+    if batch_size % (len(devices) * parts):
+        times = f" times config.gradient_accumulation {parts}" if parts > 1 else ""
         raise UserError(
-            f"config.batch_size {batch_size} is not divisible by the {len(devices)} devices; "
-            f"use a multiple of {len(devices)}"
+            f"config.batch_size {batch_size} is not divisible by the {len(devices)} devices"
+            f"{times}; use a multiple of {len(devices) * parts}"
         )
     return Mesh(np.asarray(devices), ("data",))
 

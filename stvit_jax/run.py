@@ -30,11 +30,13 @@ from stvit_jax.errors import Interrupted, UserError, listing
 from stvit_jax.models.settings import UNOPTIMIZED
 from stvit_jax.training import loop, optimizer, workdir
 from stvit_jax.training.evaluation import AVERAGED, RAW, describe, evaluate
+from stvit_jax.training.gradients import accumulated
 from stvit_jax.training.meter import Meter, Plan
 from stvit_jax.training.metrics import MetricWriter, keep_lines
 from stvit_jax.training.signals import STOPPED, Stop
 from stvit_jax.training.step import (
     TrainState,
+    TrainStep,
     abstract_batch,
     compile_step,
     init_state,
@@ -56,7 +58,7 @@ def run(config: ConfigDict, where: Path, stop: Stop) -> int:
     allow_many_open()  # a checkpoint of a large network and a set in shards have many files
     x64 = config.dtype == "float64"
     parallel.prepare(x64=x64, deterministic=config.deterministic, workdir=where)
-    mesh = parallel.make_mesh(config.batch_size)
+    mesh = parallel.make_mesh(config.batch_size, config.gradient_accumulation)
     task = tasks.build(config, mesh)
     evaluator = Evaluator(task.evaluations, config, mesh, stop)
     if config.eval_only:
@@ -102,6 +104,16 @@ class Plans:
         )
         tx = optimizer.adamw(learning_rate, config.weight_decay, config.gradient_clip)
         return cls(order, plan, learning_rate, tx)
+
+
+def train_step_of(
+    config: ConfigDict, task: Task, tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainStep:
+    """The training step of a config, not compiled."""
+    # Images that share statistics stay in one part; frozen statistics are shared by all.
+    group_size = 0 if config.freeze_batch_norm else config.group_size
+    gradients = accumulated(task.objective, config.gradient_accumulation, group_size, mesh)
+    return make_train_step(task.prepare, gradients, tx, config.ema_decay)
 
 
 class Evaluator:
@@ -209,7 +221,7 @@ def _train(
             say(f"step {step}/{plan.steps}: {evaluator.describe(metrics)}")
 
         key = jax.device_put(jax.random.key(config.seed), parallel.replicated(mesh))
-        train_step = make_train_step(task.objective, plans.tx, config.ema_decay)
+        train_step = train_step_of(config, task, plans.tx, mesh)
         step = loop.train(
             state,
             batches,

@@ -61,7 +61,7 @@ def build(name: str, what: str, dtype: str, whole: bool, mesh: Any) -> tuple[Cal
     from stvit_jax import run, tasks
     from stvit_jax.config import validate
     from stvit_jax.data.examples import batch_spec
-    from stvit_jax.training.step import abstract_batch, init_state, make_train_step
+    from stvit_jax.training.step import abstract_batch, init_state
 
     config = importlib.import_module(f"configs.{name}").get_config()
     config.dtype, config.data.source = dtype, "fake"
@@ -78,7 +78,7 @@ def build(name: str, what: str, dtype: str, whole: bool, mesh: Any) -> tuple[Cal
         batch = abstract_batch(batch_spec(evaluation.examples), config.batch_size)
         return evaluation.measure, [state.variables, batch]
     batch = abstract_batch(batch_spec(task.train), config.batch_size)
-    return make_train_step(task.objective, tx, config.ema_decay), [state, batch, key]
+    return run.train_step_of(config, task, tx, mesh), [state, batch, key]
 
 
 def too_much_shared_memory() -> tuple[Callable, list[Any]]:

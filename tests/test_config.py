@@ -34,6 +34,12 @@ from stvit_jax.errors import UserError
         ("data.dir", "gs://bucket/x", "is 'gs://bucket/x': buckets are not supported yet"),
         ("task", "regression", "config.task is 'regression': it must be one of classification"),
         ("seed", 2**32, "config.seed is 4294967296: it must be less than 2**32"),
+        ("gradient_clip", -1.0, "config.gradient_clip is -1.0: it must be finite and at least 0"),
+        ("gradient_clip", float("inf"), "config.gradient_clip is inf: it must be finite"),
+        ("gradient_clip", float("nan"), "config.gradient_clip is nan: it must be finite"),
+        ("gradient_accumulation", 0, "gradient_accumulation is 0: it must be at least 1"),
+        ("gradient_accumulation", 3, "is 3: config.batch_size 1024 must be that many parts of"),
+        ("gradient_accumulation", 16, "parts of whole groups of config.group_size 128"),
         ("model.in_chans", 1, "config.model.in_chans is 1: pictures are read as RGB"),
     ],
 )
@@ -43,6 +49,20 @@ def test_mistakes_are_named(field, value, message):
     with config.unlocked():
         (configs.field_of(config, ".".join(path)) if path else config)[last] = value
     with pytest.raises(UserError, match=re.escape(message)):
+        configs.validate(config)
+
+
+def test_parts_need_groups_or_frozen_statistics():
+    config = configs.base()
+    config.gradient_accumulation, config.group_size = 2, 0
+    with pytest.raises(UserError, match="one group .* cannot be normalised in parts; set config.g"):
+        configs.validate(config)
+    config.freeze_batch_norm = True
+    configs.validate(config)
+    config.group_size, config.gradient_accumulation = 128, 1024
+    configs.validate(config)
+    config.gradient_accumulation = 3
+    with pytest.raises(UserError, match="gradient_accumulation is 3: config.batch_size 1024 must"):
         configs.validate(config)
 
 
@@ -66,6 +86,7 @@ def test_what_may_differ_may_differ():
     before = configs.to_json(config)
     config.steps, config.log_every, config.checkpoint_every, config.checkpoint_keep = 7, 3, 2, 9
     config.data.workers, config.data.dir = 0, "elsewhere"
+    config.gradient_accumulation = 4
     configs.check_same_recipe(config, before, "")
 
 

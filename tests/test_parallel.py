@@ -41,3 +41,7 @@ def test_a_batch_is_split_evenly(monkeypatch) -> None:
     monkeypatch.setattr(jax, "devices", lambda: [None] * 8)
     with pytest.raises(UserError, match="batch_size 60 is not divisible by the 8 devices"):
         parallel.make_mesh(60)
+    with pytest.raises(
+        UserError, match="times config.gradient_accumulation 2; use a multiple of 16"
+    ):
+        parallel.make_mesh(72, parts=2)

@@ -158,17 +158,19 @@ class Block(nn.Module):
     init_values: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, drop_path_rate: Rate, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, rows: jax.Array, drop_path_rate: Rate, *, train: bool
+    ) -> jax.Array:
         """Maps (B, H, W, C) to the same shape; both branches have the one rate."""
         c = x.shape[-1]
         x = self.make.depthwise("pos_embed")(x)
         y = SuperTokenAttention(
             self.make, self.num_heads, self.n_iter, self.stoken_size, self.qkv_bias, name="attn"
         )(self.make.layer_norm("norm1")(x))
-        x = x + self.drop_path(self.scale(y, "gamma_1"), drop_path_rate, train)
+        x = x + self.drop_path(self.scale(y, "gamma_1"), rows, drop_path_rate, train)
         y = self.make.batch_norm("norm2")(x, train=train)
         y = ConvFFN(self.make, int(c * self.mlp_ratio), name="mlp2")(y)
-        return x + self.drop_path(self.scale(y, "gamma_2"), drop_path_rate, train)
+        return x + self.drop_path(self.scale(y, "gamma_2"), rows, drop_path_rate, train)
 
     def scale(self, y: jax.Array, name: str) -> jax.Array:
         """Layer scale by the parameter `name`, where the stage has it."""
@@ -178,13 +180,17 @@ class Block(nn.Module):
         gamma = self.param(name, init, y.shape[-1:], self.make.param_dtype)
         return y * gamma.astype(y.dtype)
 
-    def drop_path(self, y: jax.Array, rate: Rate, train: bool) -> jax.Array:
-        """Drops the branch of a sample with probability `rate`; a new mask at every call."""
+    def drop_path(self, y: jax.Array, rows: jax.Array, rate: Rate, train: bool) -> jax.Array:
+        """Drops the branch of a sample with probability `rate`; a new mask at every call.
+
+        A sample's draw is keyed by its number in `rows` (B,), so that a batch in parts draws alike.
+        """
         if not train or (isinstance(rate, (int, float)) and rate == 0):
             return y
         keep = 1 - jnp.asarray(rate, wide(y.dtype))
-        mask = jax.random.bernoulli(self.make_rng("dropout"), keep, (y.shape[0], 1, 1, 1))
-        return y * (mask / keep).astype(y.dtype)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("dropout"), rows)
+        mask = jax.vmap(lambda key: jax.random.bernoulli(key, keep))(keys)
+        return y * (mask / keep).astype(y.dtype)[:, None, None, None]
 
 
 class Stage(nn.Module):
@@ -199,13 +205,13 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, drop_path_rate: Rate, *, train: bool
+        self, x: jax.Array, rows: jax.Array, drop_path_rate: Rate, *, train: bool
     ) -> tuple[jax.Array, jax.Array | None]:
         """The map before downsampling, (B, H, W, C), and the next stage's input (None: no next)."""
         for i in range(self.depth):
             position = (self.first_block + i) / max(self.num_blocks - 1, 1)
             rate = drop_path_rate * position if position else 0.0
-            x = Block(self.make, **self.block, name=f"blocks_{i}")(x, rate, train=train)
+            x = Block(self.make, **self.block, name=f"blocks_{i}")(x, rows, rate, train=train)
         if self.next_dim is None:
             return x, None
         return x, Downsample(self.make, self.next_dim, name="downsample")(x, train=train)
@@ -262,7 +268,12 @@ class STViT(nn.Module):
         self.head = make.linear(self.num_classes, None)
 
     def feature_maps(
-        self, images: jax.Array, *, train: bool = False, drop_path_rate: Rate | None = None
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        drop_path_rate: Rate | None = None,
+        rows: jax.Array | None = None,
     ) -> list[jax.Array]:
         """The feature pyramid for dense tasks.
 
@@ -270,6 +281,8 @@ class STViT(nn.Module):
           images: normalised, (B, H, W, in_chans).
           train: batch statistics and drop path (rng "dropout"); needs mutable "batch_stats".
           drop_path_rate: replaces the field; may be traced, so that a schedule needs no recompile.
+          rows: integers (B,), by which drop path draws; None: 0, 1, .... The parts of a batch, each
+            with its own rows, draw what the whole draws.
 
         Returns:
           The four maps at the end of each stage, before downsampling: strides 4, 8, 16, 32.
@@ -280,25 +293,33 @@ class STViT(nn.Module):
         rate = self.drop_path_rate if drop_path_rate is None else drop_path_rate
         checks.call_fits(self, images, train=train, drop_path_rate=rate)
         x = self.patch_embed(images.astype(self.dtype), train=train)
+        rows = jnp.arange(images.shape[0]) if rows is None else rows
         maps = []
         for stage in self.layers:
-            features, x = stage(x, rate, train=train)
+            features, x = stage(x, rows, rate, train=train)
             maps.append(features)
         return maps
 
-    def features(
-        self, images: jax.Array, *, train: bool = False, drop_path_rate: Rate | None = None
-    ) -> jax.Array:
-        """The pooled vector that enters the classifier, (B, projection), at least float32."""
-        x = self.feature_maps(images, train=train, drop_path_rate=drop_path_rate)[-1]
+    def features(self, images: jax.Array, *, train: bool = False, **how: Any) -> jax.Array:
+        """The pooled vector that enters the classifier, (B, projection), at least float32.
+
+        Arguments as in `feature_maps`.
+        """
+        x = self.feature_maps(images, train=train, **how)[-1]
         x = jax.nn.silu(self.norm(self.proj(x), train=train))
         return jnp.mean(x, axis=(1, 2), dtype=wide(self.dtype))
 
     def __call__(
-        self, images: jax.Array, *, train: bool = False, drop_path_rate: Rate | None = None
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        drop_path_rate: Rate | None = None,
+        rows: jax.Array | None = None,
     ) -> jax.Array:
         """Class logits, (B, num_classes), at least float32; arguments as in `feature_maps`."""
-        return self.head(self.features(images, train=train, drop_path_rate=drop_path_rate))
+        how = dict(train=train, drop_path_rate=drop_path_rate, rows=rows)
+        return self.head(self.features(images, **how))
 
 
 def list_models() -> list[str]:

@@ -75,7 +75,8 @@ def task(config: ConfigDict, mesh: Mesh) -> Task:
         classes=classes,
         init=lambda key: model.lazy_init(key, input_of(model)),
         train=train,
-        objective=objective(model, augment, drop_path, config.freeze_batch_norm),
+        prepare=partial(prepare, augment),
+        objective=objective(model, drop_path, config.freeze_batch_norm),
         evaluations=evaluations,
         adopt=partial(adopt, model, classes),
         sheet=partial(sheet, augment, classes, config.label_smoothing),
@@ -143,14 +144,23 @@ def load(
     return {"image": image, "label": label}
 
 
-def objective(
-    model: STViT, augment: Augment, drop_path: schedules.Schedule, freeze_batch_norm: bool
-) -> Callable:
-    """The loss of a batch, as `Task.objective`.
+def prepare(augment: Augment, batch: Batch, key: jax.Array) -> Batch:
+    """The augmented batch, as `Task.prepare`.
+
+    Args:
+      augment: (key, uint8 images, labels) to (network input, soft labels (B, K)).
+      batch: as the loader gives it.
+      key: of this step.
+    """
+    images, targets = augment(key, batch["image"], batch["label"])
+    return {"image": images, "target": targets}
+
+
+def objective(model: STViT, drop_path: schedules.Schedule, freeze_batch_norm: bool) -> Callable:
+    """The loss of a prepared batch, as `Task.objective`.
 
     Args:
       model: the network.
-      augment: (key, uint8 images, labels) to (network input, soft labels (B, K)).
       drop_path: rate by step.
       freeze_batch_norm: the published fine-tuning: inference mode, while all parameters train.
     """
@@ -158,22 +168,21 @@ def objective(
     def loss(
         params: Any, batch_stats: Any, batch: Batch, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
-        augment_key, dropout_key = jax.random.split(key)
-        images, targets = augment(augment_key, batch["image"], batch["label"])
         variables = {"params": params, "batch_stats": batch_stats}
         if freeze_batch_norm:
-            logits = model.apply(variables, images)
+            logits = model.apply(variables, batch["image"])
         else:
             logits, updated = model.apply(
                 variables,
-                images,
+                batch["image"],
                 train=True,
                 drop_path_rate=drop_path(step),
+                rows=batch["row"],
                 mutable=["batch_stats"],
-                rngs={"dropout": dropout_key},
+                rngs={"dropout": key},
             )
             batch_stats = updated["batch_stats"]
-        return jnp.mean(optax.softmax_cross_entropy(logits, targets)), (batch_stats, {})
+        return jnp.mean(optax.softmax_cross_entropy(logits, batch["target"])), (batch_stats, {})
 
     return loss
 
@@ -300,7 +309,7 @@ def sheet(
     key: jax.Array,
 ) -> list[list[Picture]]:
     """Every example as the host cut it and as the device makes it, with its labels, as trained."""
-    images, targets = augment(jax.random.split(key)[0], batch["image"], batch["label"])
+    images, targets = augment(key, batch["image"], batch["label"])
     after = np.clip((np.asarray(images) * STD + MEAN) * 255 + 0.5, 0, 255).astype(np.uint8)
     rows = []
     for i, target in enumerate(np.asarray(targets)):

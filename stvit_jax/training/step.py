@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from stvit_jax import parallel
 from stvit_jax.training import optimizer
-from stvit_jax.training.task import Batch, Variables
+from stvit_jax.training.gradients import Gradients
+from stvit_jax.training.task import Batch, Variables, step_keys
 
 TrainStep = Callable[["TrainState", Batch, jax.Array], tuple["TrainState", dict[str, jax.Array]]]
 
@@ -52,25 +53,36 @@ def init_state(
 
 
 def make_train_step(
-    objective: Callable, tx: optax.GradientTransformation, ema_decay: float
+    prepare: Callable[[Batch, jax.Array], Batch],
+    gradients: Gradients,
+    tx: optax.GradientTransformation,
+    ema_decay: float,
 ) -> TrainStep:
     """One optimiser step as a pure function.
 
     Args:
-      objective: of a `Task`.
+      prepare: of a `Task`.
+      gradients: of its objective, see `gradients.py`.
       tx: the optimiser.
       ema_decay: of the moving average; 0: none.
 
     Returns:
-      (state, batch, key of the run) to (state, {"loss", "gradient_norm": global, "unreadable": how
-      many examples of the batch did not decode, and what else the objective reports}).
+      (state, batch, key of the run) to (state, {"loss", "gradient_norm": global, before any
+      clipping, "unreadable": how many examples of the batch did not decode, and what else the
+      objective reports}).
     """
 
     def train_step(
         state: TrainState, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        (loss, (batch_stats, parts)), grads = jax.value_and_grad(objective, has_aux=True)(
-            state.params, state.batch_stats, batch, jax.random.fold_in(key, state.step), state.step
+        prepare_key, objective_key = step_keys(key, state.step)
+        rows = {"row": jnp.arange(batch["unreadable"].shape[0])}
+        (loss, (batch_stats, scalars)), grads = gradients(
+            state.params,
+            state.batch_stats,
+            prepare(batch, prepare_key) | rows,
+            objective_key,
+            state.step,
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         state = state.replace(
@@ -89,7 +101,7 @@ def make_train_step(
             # The first readable example after a damaged one stands in for it.
             "unreadable": jnp.sum(batch["unreadable"] > 0),
         }
-        return state, metrics | parts
+        return state, metrics | scalars
 
     return train_step
 

@@ -1,6 +1,7 @@
 """A task: what is learned and how it is measured, as plain functions.
 
-The task owns everything between a batch and a scalar; `step.py` everything after it. Optimiser,
+The task owns everything between a batch and a scalar; `step.py` everything after it: also whether
+a batch is learned from at once or in parts. Optimiser,
 schedules, checkpoints and devices are the run's. A file in `tasks/` builds a `Task` from a config.
 """
 
@@ -22,6 +23,12 @@ Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}
 Tree = Any
 Metrics = dict[str, float]
 Picture = tuple[np.ndarray, list[str]]  # uint8 (S, S, 3), and the lines under it
+
+
+def step_keys(key: jax.Array, step: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The keys of one step, of the run's: that of `prepare`, and that of `objective`."""
+    prepare, objective = jax.random.split(jax.random.fold_in(key, step))
+    return prepare, objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +64,23 @@ class Task:
       classes: names by label, kept beside the checkpoints, so that a label never changes meaning.
       init: key to the variables of the network; pure.
       train: what to train on, or None.
-      objective: (params, batch_stats, batch, key, step) to (loss, (batch_stats, parts)): `key` is
-        of this step, `parts` are more scalars to log.
+      prepare: (batch, key) to what `objective` takes of it, examples first: augmentation and all
+        that is not differentiated. Always of a whole batch.
+      objective: (params, batch_stats, batch, key, step) to (loss, (batch_stats, scalars)): of a
+        prepared batch, or of a part of one, in whole groups. `batch["row"]` (B,) are the examples'
+        numbers in the whole batch: what is drawn for an example is keyed by them, or differs
+        between a batch and its parts. Loss and `scalars`, more to log, are means over the examples.
       evaluations: at least one.
       adopt: (variables, weights out of a file, exact) to variables: what starting from, and
         evaluating (`exact`: every leaf has to come from the file), foreign weights means here.
-      sheet: (batch, key) to one row of pictures an example: how training sees it.
+      sheet: (batch, key of `prepare`) to one row of pictures an example: how training sees it.
     """
 
     what: str
     classes: tuple[str, ...]
     init: Callable[[jax.Array], Variables]
     train: Examples | None
+    prepare: Callable[[Batch, jax.Array], Batch]
     objective: Callable[..., tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]]
     evaluations: tuple[Evaluation, ...]
     adopt: Callable[[Variables, Weights, bool], Variables]

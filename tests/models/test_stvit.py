@@ -173,7 +173,8 @@ def test_drop_path_masks_and_scale():
 
     class TwoBranches(Block):
         def __call__(self, x, rate):
-            return self.drop_path(x, rate, True), self.drop_path(x, rate, True)
+            rows = jnp.arange(x.shape[0])
+            return self.drop_path(x, rows, rate, True), self.drop_path(x, rows, rate, True)
 
     block = TwoBranches(Layers(jnp.float32, 0), 1, 1, 1, 4, True, False, 0.0)
     ones = jnp.ones((4000, 2, 2, 3))
@@ -193,7 +194,7 @@ def test_drop_path_rates_rise_through_all_stages(monkeypatch):
 
     rates = []
     monkeypatch.setattr(
-        module.Block, "drop_path", lambda self, y, rate, train: rates.append(rate) or y
+        module.Block, "drop_path", lambda self, y, rows, rate, train: rates.append(rate) or y
     )
     model = stvit_jax.create_model("stvit_tiny", drop_path_rate=0.5)
     abstract(model)

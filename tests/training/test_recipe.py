@@ -54,6 +54,8 @@ ALWAYS = {
     "data.name": "imagenet2012",
     "dtype": "bfloat16",
     "steps": 0,
+    "gradient_accumulation": 1,
+    "gradient_clip": 0.0,
 }
 DROP_PATH = {"stvit_small": 0.1, "stvit_base": 0.4, "stvit_large": 0.4}
 
@@ -99,14 +101,14 @@ def test_every_field_reaches_the_task(digits_dir: Path) -> None:
     config.freeze_batch_norm = True
     task = tasks.build(config, mesh())
 
-    made = partial_of(task.objective)
+    made, (augment,) = partial_of(task.objective), task.prepare.args
     assert made["model"].group_size == 16 and made["model"].num_classes == 10
     assert made["model"].dtype == jnp.bfloat16 and made["freeze_batch_norm"] is True
     steps = 1437 // 256 * 256 // 64
     rates = [made["drop_path"](n) for n in (0, 4 * steps - 1, 4 * steps)]
     assert rates == [0.3, 0.3, 0.7]
-    assert made["augment"].func is augment_batch and made["augment"].args == ()
-    assert made["augment"].keywords == {
+    assert augment.func is augment_batch and augment.args == ()
+    assert augment.keywords == {
         "num_classes": 10,
         "group_size": 16,
         "label_smoothing": 0.2,
@@ -145,8 +147,26 @@ def test_every_field_reaches_the_run(digits_dir: Path) -> None:
     np.testing.assert_allclose(updates["kernel"], -7e-6 * 0.03, rtol=1e-6)
 
 
+@pytest.mark.parametrize("freeze, group_size", [(False, 16), (True, 0)])
+def test_parts_and_clipping_reach_the_step(
+    digits_dir: Path, monkeypatch: pytest.MonkeyPatch, freeze: bool, group_size: int
+) -> None:
+    config = base_of_a_run(digits_dir)
+    config.gradient_accumulation, config.freeze_batch_norm = 2, freeze
+    config.gradient_clip = 0.25
+    task, over = tasks.build(config, mesh()), mesh()
+    given = []
+    monkeypatch.setattr(run, "accumulated", lambda *args: given.extend(args))
+    run.train_step_of(config, task, None, over)
+    assert given == [task.objective, 2, group_size, over]
+    # What Adam sees of a gradient of length 2: the first moment is a tenth of it.
+    tx, params = run.Plans.of(config, task).tx, {"kernel": jnp.zeros(1)}
+    _, state = tx.update({"kernel": jnp.full(1, 2.0)}, tx.init(params), params)
+    np.testing.assert_allclose(state[1][0].mu["kernel"], 0.025, rtol=1e-6)
+
+
 def test_the_published_augmentation_is_on(digits_dir: Path) -> None:
-    augment = partial_of(tasks.build(base_of_a_run(digits_dir), mesh()).objective)["augment"]
+    (augment,) = tasks.build(base_of_a_run(digits_dir), mesh()).prepare.args
     on = {"randaugment": True, "erasing_probability": 0.25, "mixup": True, "label_smoothing": 0.1}
     assert augment.keywords.items() >= on.items()
     assert jax.device_count() == 1 and augment.keywords["mesh"] is None

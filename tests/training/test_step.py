@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
@@ -13,6 +14,7 @@ from stvit_jax.augment import augment_batch
 from stvit_jax.tasks import classification
 from stvit_jax.training import optimizer
 from stvit_jax.training import step as training
+from stvit_jax.training.gradients import at_once
 
 KEY = jax.random.key(0)
 
@@ -64,8 +66,11 @@ def make(model, random_variables):
             **variables,
         )
         step = training.make_train_step(
-            classification.objective(
-                model, augment, lambda step: jnp.where(step < 100, 0.0, 0.9), freeze
+            partial(classification.prepare, augment),
+            at_once(
+                classification.objective(
+                    model, lambda step: jnp.where(step < 100, 0.0, 0.9), freeze
+                )
             ),
             tx,
             ema_decay=0.9,
@@ -92,7 +97,7 @@ class Noisy(nn.Module):
     in_chans: int = 3
 
     @nn.compact
-    def __call__(self, images, train=False, drop_path_rate=0.0):
+    def __call__(self, images, train=False, drop_path_rate=0.0, rows=None):
         count = self.variable("batch_stats", "count", jnp.zeros, ())
         noise = jax.random.uniform(self.make_rng("dropout")) if train else 0.0
         return nn.Dense(10)(images.mean((1, 2)) + noise) + count.value
@@ -108,9 +113,11 @@ def test_keys_differ_between_steps_and_between_seeds(batch, part):
 
     def loss(step, seed):
         objective = classification.objective(
-            model, noisy, lambda step: 0.0, freeze_batch_norm=part == "augmentation"
+            model, lambda step: 0.0, freeze_batch_norm=part == "augmentation"
         )
-        train_step = training.make_train_step(objective, tx, ema_decay=0.0)
+        train_step = training.make_train_step(
+            partial(classification.prepare, noisy), at_once(objective), tx, ema_decay=0.0
+        )
         key = jax.random.key(0)
         variables = jax.jit(model.init)(key, jnp.zeros((1, 32, 32, 3)))
         state = training.TrainState(
@@ -136,6 +143,23 @@ def test_a_step_moves_everything_and_counts(plain, batch):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), new.ema, expected
     )
+
+
+def test_the_norm_of_the_gradient_is_that_before_clipping(model, plain, batch):
+    state, step = plain
+    tx = optimizer.adamw(lambda step: 1e-2, 0.05, gradient_clip=1e-3)
+    clipped = training.make_train_step(
+        partial(classification.prepare, augment),
+        at_once(classification.objective(model, lambda step: 0.0, False)),
+        tx,
+        ema_decay=0.9,
+    )
+    new, metrics = jax.jit(clipped)(state.replace(opt_state=tx.init(state.params)), batch, KEY)
+    expected = step(state, batch, KEY)[1]["gradient_norm"]
+    np.testing.assert_allclose(metrics["gradient_norm"], expected, rtol=1e-5)
+    assert expected > 0.01
+    taken = optax.tree.norm(new.opt_state[1][0].mu) / 0.1  # the first moment is a tenth of it
+    np.testing.assert_allclose(taken, 1e-3, rtol=1e-4)
 
 
 def test_the_loss_falls_on_a_batch_seen_again(plain, batch):

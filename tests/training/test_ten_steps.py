@@ -1,6 +1,7 @@
 """Ten optimiser steps next to PyTorch: parameters, running statistics, moving average, losses."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from stvit_jax.models.stvit import create_model
 from stvit_jax.tasks import classification
 from stvit_jax.training import optimizer
 from stvit_jax.training import step as training
+from stvit_jax.training.gradients import at_once
 from tests.parity import assert_close
 
 STEPS, BATCH, SIZE, CLASSES = 10, 4, 64, 10
@@ -93,7 +95,10 @@ def train_jax(settings: dict, state: dict[str, np.ndarray], freeze: bool):
     )
     step = jax.jit(
         training.make_train_step(
-            classification.objective(model, augment, lambda _: 0.0, freeze), tx, EMA_DECAY
+            partial(classification.prepare, augment),
+            at_once(classification.objective(model, lambda _: 0.0, freeze)),
+            tx,
+            EMA_DECAY,
         ),
         compiler_options=QUICK,
     )
