@@ -26,6 +26,7 @@ _MAY_DIFFER = (
     "checkpoint_keep",
     # As with the number of devices, the sums of a step are in another order, and no more.
     "gradient_accumulation",
+    "remat",
 )
 
 
@@ -60,8 +61,10 @@ def base() -> ConfigDict:
     config.batch_size = 1024  # global, over all devices and hosts
     config.group_size = 128  # images that share BatchNorm statistics; 0: the whole batch
     # Less memory, the same result: how many parts a batch is learned from one after the other, each
-    # of whole groups; an update still has batch_size images.
+    # of whole groups (an update still has batch_size images); and the stages, from 0, whose blocks
+    # are computed again in the backward pass, as (0, 1).
     config.gradient_accumulation = 1
+    config.remat = ()
     config.epochs = 300
     config.steps = 0  # > 0 ends the run early; schedules follow epochs
     config.learning_rate = 5e-4  # per 512 images
@@ -187,6 +190,11 @@ CHECKS: tuple[Check, ...] = (
         lambda v, c: c.batch_size % (v * (1 if c.freeze_batch_norm else c.group_size or 1)) == 0,
         "config.batch_size {batch_size} must be that many parts of whole groups of "
         "config.group_size {group_size}",
+    ),
+    Check(
+        "remat",
+        lambda v, _: all(type(stage) is int and stage >= 0 for stage in v),
+        "write the numbers of stages, (0, 1)",
     ),
     Check(
         "warmup_epochs",

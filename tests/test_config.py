@@ -40,6 +40,9 @@ from stvit_jax.errors import UserError
         ("gradient_accumulation", 0, "gradient_accumulation is 0: it must be at least 1"),
         ("gradient_accumulation", 3, "is 3: config.batch_size 1024 must be that many parts of"),
         ("gradient_accumulation", 16, "parts of whole groups of config.group_size 128"),
+        ("remat", (0, 1.0), "config.remat is (0, 1.0): write the numbers of stages, (0, 1)"),
+        ("remat", (-1,), "config.remat is (-1,): write the numbers of stages, (0, 1)"),
+        ("remat", ("0",), "config.remat is ('0',): write the numbers of stages, (0, 1)"),
         ("model.in_chans", 1, "config.model.in_chans is 1: pictures are read as RGB"),
     ],
 )
@@ -66,6 +69,14 @@ def test_parts_need_groups_or_frozen_statistics():
         configs.validate(config)
 
 
+@pytest.mark.parametrize("text, value", [("(0,1)", (0, 1)), ("[2]", (2,)), ("3", (3,)), ("()", ())])
+def test_stages_on_the_command_line(text, value):
+    arguments = ["--config=configs/digits.py", "--workdir=w", f"--config.remat={text}"]
+    config, _ = command_line.train(arguments, "")
+    assert config.remat == value
+    configs.validate(config)
+
+
 def test_the_base_is_valid():
     configs.validate(configs.base())
 
@@ -86,7 +97,7 @@ def test_what_may_differ_may_differ():
     before = configs.to_json(config)
     config.steps, config.log_every, config.checkpoint_every, config.checkpoint_keep = 7, 3, 2, 9
     config.data.workers, config.data.dir = 0, "elsewhere"
-    config.gradient_accumulation = 4
+    config.gradient_accumulation, config.remat = 4, (0, 1)
     configs.check_same_recipe(config, before, "")
 
 

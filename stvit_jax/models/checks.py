@@ -63,6 +63,10 @@ _ONE: dict[str, _Rule] = {
     "dtype": (_dtype, lambda value: True, f"one of {', '.join(_DTYPES)}"),
     "group_size": (_whole, lambda value: value >= 0, "a whole number, 0 for the whole batch"),
 }
+# Any number of whole numbers.
+_LISTED: dict[str, _Rule] = {
+    "remat": (_whole, lambda value: value >= 0, "the numbers of stages, as (0, 1)")
+}
 _EACH_STAGE: dict[str, _Rule] = {
     "embed_dim": _AT_LEAST_1,
     "depths": _AT_LEAST_1,
@@ -83,7 +87,7 @@ def setting(field: str, value: Any) -> Any:
     Raises:
       UserError: names the field, the value and what it must be.
     """
-    convert, accepts, words = _ONE.get(field) or _EACH_STAGE[field]
+    convert, accepts, words = (_ONE | _LISTED | _EACH_STAGE)[field]
     if field in _EACH_STAGE:
         words += ", for each stage, as (1, 2, 2, 1)" if convert is _whole else " for each stage"
     try:
@@ -94,7 +98,7 @@ def setting(field: str, value: Any) -> Any:
             if isinstance(value, str | bytes | Mapping | Set):
                 raise TypeError
             result = tuple(map(convert, value))
-            fits = len(result) > 0 and all(map(accepts, result))
+            fits = (field in _LISTED or len(result) > 0) and all(map(accepts, result))
     except (TypeError, ValueError, OverflowError):
         fits = False
     if not fits:
@@ -113,6 +117,10 @@ def settings_fit(model: Any) -> None:
         count = len(getattr(model, field))
         if count != stages:
             raise UserError(f"model.{field} has {count} stages, embed_dim has {stages}")
+    if beyond := [stage for stage in model.remat if stage >= stages]:
+        raise UserError(
+            f"remat names stage {beyond[0]}; the network has the stages 0 to {stages - 1}"
+        )
     for dim, heads in zip(model.embed_dim, model.num_heads, strict=True):
         if dim % heads:
             raise UserError(f"model.embed_dim {dim} is not divisible by its num_heads {heads}")

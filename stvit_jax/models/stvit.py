@@ -201,6 +201,7 @@ class Stage(nn.Module):
     first_block: int  # position among the network's `num_blocks`; sets drop-path rates
     num_blocks: int
     next_dim: int | None
+    remat: bool  # whether blocks are computed again in the backward pass
     block: Mapping[str, Any]  # keyword arguments of Block
 
     @nn.compact
@@ -211,7 +212,11 @@ class Stage(nn.Module):
         for i in range(self.depth):
             position = (self.first_block + i) / max(self.num_blocks - 1, 1)
             rate = drop_path_rate * position if position else 0.0
-            x = Block(self.make, **self.block, name=f"blocks_{i}")(x, rows, rate, train=train)
+            # `nn.remat` traces arguments: `train`, and a rate of 0, which draws nothing, are none.
+            call = partial(Block.__call__, rows=rows, drop_path_rate=rate, train=train)
+            if self.remat and not self.is_initializing():
+                call = nn.remat(call)
+            x = call(Block(self.make, **self.block, name=f"blocks_{i}"), x)
         if self.next_dim is None:
             return x, None
         return x, Downsample(self.make, self.next_dim, name="downsample")(x, train=train)
@@ -221,7 +226,8 @@ class STViT(nn.Module):
     """The network. Fields carry the published names; `create_model` fills them from `VARIANTS`.
 
     `dtype` is the compute dtype; parameters are float32, or float64 with it. `group_size` is the
-    number of images that share BatchNorm statistics in training (0: the whole batch).
+    number of images that share BatchNorm statistics in training (0: the whole batch). The blocks of
+    the stages `remat` are computed again in the backward pass, which takes less memory.
     """
 
     embed_dim: Sequence[int]
@@ -239,6 +245,7 @@ class STViT(nn.Module):
     in_chans: int = 3
     dtype: Dtype = jnp.float32
     group_size: int = 0
+    remat: Sequence[int] = ()
 
     def setup(self) -> None:
         """Makes the modules; their names are those of the published checkpoint."""
@@ -251,6 +258,7 @@ class STViT(nn.Module):
                 first_block=sum(self.depths[:i]),
                 num_blocks=sum(self.depths),
                 next_dim=self.embed_dim[i + 1] if i + 1 < len(self.depths) else None,
+                remat=i in self.remat,
                 block=dict(
                     num_heads=self.num_heads[i],
                     n_iter=self.n_iter[i],

@@ -100,6 +100,7 @@ def create(config: ConfigDict, classes: int, whose: str) -> STViT:
             config.model.name,
             dtype=jnp.dtype(config.dtype),
             group_size=config.group_size,
+            remat=config.remat,
             **settings,
         )
     except UserError as error:

@@ -74,6 +74,7 @@ REFUSED = {
     **dict.fromkeys(("num_classes", "projection", "in_chans"), WHOLE),
     **dict.fromkeys(("depths", "embed_dim", "num_heads", "n_iter", "stoken_size"), WHOLES),
     "group_size": (2.0, "2", -1, None, True),
+    "remat": (0, "0", (-1,), (1.0,), (True,), None),
     "layerscale": (True, "0011", [None] * 4, [0, 0, 2, 2], [0.5] * 4, None),
     "qkv_bias": ("False", None, 2, 1.0, [True]),
     "mlp_ratio": ("4", None, 0, -1, float("nan"), float("inf"), True, [4], 10**400),

@@ -56,6 +56,7 @@ ALWAYS = {
     "steps": 0,
     "gradient_accumulation": 1,
     "gradient_clip": 0.0,
+    "remat": (),
 }
 DROP_PATH = {"stvit_small": 0.1, "stvit_base": 0.4, "stvit_large": 0.4}
 
@@ -98,11 +99,12 @@ def test_every_field_reaches_the_task(digits_dir: Path) -> None:
     config.augment.erasing_probability, config.augment.randaugment = 0.15, False
     config.data.repeats, config.data.flip = 2, False
     config.model.drop_path_rate, config.drop_path_schedule = 0.3, ((4, 0.7),)
-    config.freeze_batch_norm = True
+    config.freeze_batch_norm, config.remat = True, (0, 2)
     task = tasks.build(config, mesh())
 
     made, (augment,) = partial_of(task.objective), task.prepare.args
     assert made["model"].group_size == 16 and made["model"].num_classes == 10
+    assert made["model"].remat == (0, 2)
     assert made["model"].dtype == jnp.bfloat16 and made["freeze_batch_norm"] is True
     steps = 1437 // 256 * 256 // 64
     rates = [made["drop_path"](n) for n in (0, 4 * steps - 1, 4 * steps)]
