@@ -73,6 +73,24 @@ def make_mesh(batch_size: int, parts: int = 1) -> Mesh:
     return Mesh(np.asarray(devices), ("data",))
 
 
+def spanning_groups(batch_size: int, group_size: int, devices: int) -> str | None:
+    """What to know where groups of images do not lie within devices; None where they do.
+
+    Args:
+      batch_size: images that are normalised together, over all devices.
+      group_size: images that share BatchNorm statistics; 0: all of them.
+      devices: that share the batch.
+    """
+    share, group = batch_size // devices, group_size or batch_size
+    if share % group == 0:
+        return None
+    larger = f"a batch of {devices * group} (or a multiple), or " if group_size else ""
+    return (
+        f"{share} images a device and groups of {group}: every normalisation communicates; use "
+        f"{larger}config.group_size {share}"
+    )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     from jax.sharding import NamedSharding, PartitionSpec

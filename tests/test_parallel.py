@@ -45,3 +45,37 @@ def test_a_batch_is_split_evenly(monkeypatch) -> None:
         UserError, match="times config.gradient_accumulation 2; use a multiple of 16"
     ):
         parallel.make_mesh(72, parts=2)
+
+
+@pytest.mark.parametrize(
+    "batch, group, devices, message",
+    [
+        (1024, 128, 8, None),
+        (2048, 128, 8, None),
+        (128, 0, 1, None),
+        (
+            512,
+            128,
+            8,
+            "64 images a device and groups of 128: every normalisation communicates; use a "
+            "batch of 1024 (or a multiple), or config.group_size 64",
+        ),
+        # A larger batch would be a larger group.
+        (
+            64,
+            0,
+            8,
+            "8 images a device and groups of 64: every normalisation communicates; use "
+            "config.group_size 8",
+        ),
+        (
+            1536,
+            128,
+            8,
+            "192 images a device and groups of 128: every normalisation communicates; "
+            "use a batch of 1024 (or a multiple), or config.group_size 192",
+        ),
+    ],
+)
+def test_groups_that_span_devices_are_noticed(batch, group, devices, message) -> None:
+    assert parallel.spanning_groups(batch, group, devices) == message

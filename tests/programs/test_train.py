@@ -322,6 +322,8 @@ def test_eight_devices_give_the_losses_of_one(start, straight, tmp_path):
     program = start(tmp_path, "--config.steps=20", devices=8)
     assert program.wait() == 0, program.output
     assert "on 8 x cpu" in program.output
+    # The config's one group is on all of them.
+    assert program.output.count("8 images a device and groups of 64: every normalisation") == 1
     one, eight = values(straight, "train/loss"), values(tmp_path, "train/loss")
     for step in range(1, 21):
         assert eight[step] == pytest.approx(one[step], rel=1e-5), step
