@@ -6,8 +6,9 @@ The mesh has one axis, "data". State is replicated, batches are split by example
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stvit_jax.errors import UserError, one_line
 
@@ -42,8 +43,8 @@ def prepare(*, x64: bool, deterministic: bool, workdir: Path) -> None:
         os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
 
 
-def make_mesh(batch_size: int, parts: int = 1) -> Mesh:
-    """All devices of all processes in a row.
+def make_mesh(batch_size: int, parts: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """All devices of all processes in a row, or those that are given.
 
     Args:
       batch_size: of an update.
@@ -57,7 +58,7 @@ def make_mesh(batch_size: int, parts: int = 1) -> Mesh:
     from jax.sharding import Mesh
 
     try:
-        devices = jax.devices()
+        devices = devices or jax.devices()
     except RuntimeError as error:  # of a platform that was asked for and is not there
         asked = os.environ.get("JAX_PLATFORMS", "")
         raise UserError(

@@ -1,41 +1,46 @@
-"""The steps of a run compile for an H100 and for a TPU v5e, by the compilers those have themselves.
+"""The steps of a run compile for an H100 and for TPUs, by the compilers those have themselves.
 
-Every program has a process of its own; nothing needs the accelerator. ptxas, which refuses kernels
-with too much shared memory or too many registers, is part of it.
+Every program has a process of its own, `python -m benchmarks.program`; nothing needs the
+accelerator. ptxas, which refuses kernels with too much shared memory or too many registers, is part
+of it.
 """
 
-import importlib.metadata
+import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 
-from tests.compile_for import ENVIRONMENT, PACKAGES
+import stvit_jax
+from benchmarks.compilers import missing_packages
+from stvit_jax.models.settings import abstract
+from tests.program import ROOT
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.compilers
-STEPS = (("train", "bfloat16"), ("train", "float32"), ("eval", "bfloat16"))
+STEPS = (("train", "bfloat16"), ("train", "float32"), ("infer", "bfloat16"))
 PROGRAMS = [
-    (device, config, *step)
-    for device, configs in {
+    (target, config, *step)
+    for target, configs in {
         "h100": ("stvit_small", "stvit_base", "stvit_large"),
-        "v5e": ("fashion_mnist", "stvit_small"),  # the former is stvit_tiny with the whole recipe
+        "v5e:1x1": ("fashion_mnist", "stvit_small"),  # the former is stvit_tiny, the whole recipe
     }.items()
     for config in configs
     for step in STEPS
 ]
 
 
-def compile_for(device: str, *arguments: str, timeout: int) -> subprocess.CompletedProcess:
-    installed = {d.name.lower() for d in importlib.metadata.distributions()}
-    if missing := set(PACKAGES[device]) - installed:
-        reason = f"pip install -r requirements-compilers.txt: {', '.join(sorted(missing))} missing"
+def python(target: str, *arguments: str, timeout: int) -> subprocess.CompletedProcess:
+    if missing := missing_packages(target):
+        reason = f"pip install -r requirements-compilers.txt: {', '.join(missing)} missing"
         # CI must not pass because it skipped.
         (pytest.fail if os.environ.get("STVIT_REQUIRE_COMPILERS") else pytest.skip)(reason)
     return subprocess.run(
-        [sys.executable, "-m", "tests.compile_for", device, *arguments],
+        [sys.executable, "-m", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -44,27 +49,72 @@ def compile_for(device: str, *arguments: str, timeout: int) -> subprocess.Comple
     )
 
 
-def assert_compiles(*arguments: str, timeout: int) -> None:
-    result = compile_for(*arguments, timeout=timeout)
+def compiled(target: str, *arguments: str, rows: Path, timeout: int = 1800) -> dict[str, Any]:
+    """The row of a program."""
+    command = ("benchmarks.program", "--target", target, *arguments, "--json", str(rows))
+    result = python(target, *command, timeout=timeout)
     assert result.returncode == 0, result.stdout[-5000:]
-    assert "compiled in" in result.stdout
-    print(result.stdout.splitlines()[-1])
+    print("\n".join(result.stdout.splitlines()[-20:]))
+    (row,) = map(json.loads, rows.read_text().splitlines())
+    return row
 
 
-def test_ptxas_is_asked():
+def test_ptxas_is_asked() -> None:
     """Where XLA finds no ptxas it compiles in silence, and faults stay unseen."""
-    result = compile_for("h100", "-", "too_much_shared_memory", "float32", timeout=300)
+    result = python("h100", "tests.refused_by_ptxas", timeout=300)
     assert result.returncode != 0
     assert "uses too much shared data" in result.stdout, result.stdout[-5000:]
 
 
-@pytest.mark.parametrize("device, config, what, dtype", PROGRAMS)
-def test_one_block_a_stage_compiles(device, config, what, dtype):
-    assert_compiles(device, config, what, dtype, timeout=1800)
+@pytest.mark.parametrize("target, config, mode, dtype", PROGRAMS)
+def test_one_block_a_stage_compiles(target, config, mode, dtype, tmp_path) -> None:
+    what = ("--config", f"configs/{config}.py", "--mode", mode, f"--config.dtype={dtype}")
+    depths = ("--batch-size", "128", "--depths", "1,1,1,1")
+    row = compiled(target, *what, *depths, rows=tmp_path / "rows.jsonl")
+    assert row["fits"] and not row["collectives"]
+    assert row["flops_per_image"] > 0 and row["bytes_per_image"] > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("device", ENVIRONMENT)
-@pytest.mark.parametrize("what", ["train", "eval"])
-def test_whole_small_compiles(device, what):
-    assert_compiles(device, "stvit_small", what, "bfloat16", "--whole", timeout=7200)
+@pytest.mark.parametrize("target", ["h100", "v5e:1x1"])
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_whole_small_compiles(target, mode, tmp_path) -> None:
+    what = ("--model", "stvit_small", "--mode", mode, "--batch-size", "128")
+    assert compiled(target, *what, rows=tmp_path / "rows.jsonl", timeout=7200)["fits"]
+
+
+@pytest.mark.parametrize("images", [128, 64])
+def test_what_four_chips_say_to_each_other_in_a_step(images, tmp_path) -> None:
+    """Gradients, running statistics, metrics; the norms and mixup only where groups span chips."""
+    row = compiled(
+        "v5e:2x2",
+        *("--model", "stvit_tiny", "--config.image_size=32", "--batch-size", str(4 * images)),
+        rows=tmp_path / "rows.jsonl",
+    )
+    variables = abstract(stvit_jax.create_model("stvit_tiny", num_classes=1000))
+    gradients = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
+    norms = [
+        leaf.shape[0]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(variables["batch_stats"])
+        if path[-1].key == "mean"
+    ]
+    statistics = 2 * sum(norms)  # means and variances
+    found = row["collectives"]
+    sums = [c for c in found if c["kind"] == "all-reduce"]
+    # Every gradient is sent once, in its own dtype; loss and unreadable examples are the metrics.
+    sent = gradients + statistics + 2
+    assert {c["dtype"] for c in sums} <= {"bf16", "f32", "s32"}
+    if images % row["group_size"] == 0:
+        assert found == sums
+        assert sum(c["count"] for c in sums) <= 3
+        assert sum(c["elements"] * c["count"] for c in sums) == sent
+        return
+    # A norm sends its sums over a group, and in the gradient those of its cotangents.
+    assert sum(c["elements"] * c["count"] for c in sums) == sent + 2 * statistics
+    for width in set(norms):
+        of_norms = [c["count"] for c in sums if c["elements"] == 2 * width and c["dtype"] == "f32"]
+        assert sum(of_norms) == 2 * norms.count(width)
+    assert sum(c["count"] for c in sums) <= 2 * len(norms) + 4
+    # Mixup's partners: one permute of images, one of their labels.
+    permutes = sorted((c["elements"], c["count"]) for c in found if c not in sums)
+    assert permutes == [(images * 1000, 1), (images * 32 * 32 * 3, 1)]

@@ -14,11 +14,11 @@ import pytest
 import scipy.stats
 import torch
 
+from benchmarks.hlo import collectives
 from stvit_jax import augment
 from stvit_jax.augment import erasing, mix, rand_augment
 from stvit_jax.data import normalization
 from stvit_jax.errors import UserError
-from tests.collectives import collectives
 
 MANY = 20_000
 

@@ -1,0 +1,172 @@
+"""The compilers of accelerators that are not there: the step of a config for an H100 or TPU slice.
+
+They are those that the accelerators have themselves: jax's CUDA plugin with ptxas, and libtpu
+(requirements-compilers.txt). Nothing is executed. A process compiles for one of them, because each
+is set up by the environment, which is read once: `prepare` comes before anything that imports JAX.
+"""
+
+import dataclasses
+import importlib.metadata
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stvit_jax import parallel
+from stvit_jax.config import validate
+from stvit_jax.errors import UserError, did_you_mean, one_line
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+    from ml_collections import ConfigDict
+
+GIB = 2**30
+H100 = Path(__file__).parent / "gpu_target_h100.txtpb"  # as XLA describes the device
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A kind of accelerator.
+
+    Attributes:
+      memory: bytes of a chip.
+      packages: that compile for it.
+      environment: of a process that does.
+      options: of the description of a slice.
+    """
+
+    memory: int
+    packages: tuple[str, ...]
+    environment: dict[str, str]
+    options: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+LIBTPU = {
+    "XLA_FLAGS": "",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # of no chip that is there; a slice is described anyway
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+CHIPS = {
+    "h100": Chip(
+        80 * GIB,
+        # The plugin alone would never call ptxas.
+        ("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"),
+        # Without a device nothing can be timed, and Triton's default tiles can fail.
+        {"XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"},
+    ),
+    # As JAX runs on one: the two cores of a chip are one device.
+    "v4": Chip(32 * GIB, ("libtpu",), LIBTPU, {"chip_config_name": "megacore"}),
+    "v5e": Chip(16 * GIB, ("libtpu",), LIBTPU),
+    "v6e": Chip(32 * GIB, ("libtpu",), LIBTPU),
+}
+EXAMPLES = "h100, h100:4, v5e:2x4, v5e:16x16, v4:2x2x4, v6e:16x16"
+
+
+def chip_of(target: str) -> Chip:
+    """The chip of a target: `h100`, `h100:4` (so many of a host) or a TPU slice, `v5e:2x4`.
+
+    Raises:
+      UserError: it is none.
+    """
+    kind, _, shape = target.partition(":")
+    if kind not in CHIPS:
+        hint = did_you_mean(kind, CHIPS)
+        raise UserError(f"--target {one_line(target)} is unknown; {hint}such as {EXAMPLES}")
+    if not re.fullmatch(r"([1-9]\d*)?" if kind == "h100" else r"[1-9]\d*(x[1-9]\d*)+", shape):
+        raise UserError(f"--target {one_line(target)} is no shape of {kind}; such as {EXAMPLES}")
+    return CHIPS[kind]
+
+
+def missing_packages(target: str) -> list[str]:
+    """What is not installed of what compiles for a target."""
+    installed = {d.name.lower() for d in importlib.metadata.distributions()}
+    return sorted(set(chip_of(target).packages) - installed)
+
+
+def prepare(target: str) -> None:
+    """Sets the environment for a target; before JAX is used.
+
+    Raises:
+      UserError: no such target, or its compiler is not installed.
+    """
+    if missing := missing_packages(target):
+        raise UserError(
+            f"to compile for {target}, {', '.join(missing)} must be installed: "
+            "pip install -r requirements-compilers.txt"
+        )
+    os.environ |= chip_of(target).environment | {"JAX_PLATFORMS": "cpu"}
+
+
+def devices(target: str) -> list[Any]:
+    """The chips of a target.
+
+    Raises:
+      UserError: a slice that is not built.
+    """
+    import jax
+    from jax.experimental.topologies import get_topology_desc
+
+    jax.devices()  # has jax find its plugins
+    kind, _, shape = target.partition(":")
+    if kind == "h100":
+        described = H100.read_text()
+        shape = f"1x1x{shape or 1}"  # slices x hosts x devices
+        topology = get_topology_desc("h100", "cuda", topology=shape, target_config=described)
+        return list(topology.devices)
+    options: dict[str, Any] = dict(CHIPS[kind].options)
+    if set(shape) <= set("1x"):
+        options["chips_per_host_bounds"] = (1, 1, 1)  # else whole hosts, of four
+    try:
+        return list(get_topology_desc(target, "tpu", **options).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--target {target}: {one_line(error)}; such as {EXAMPLES}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A step and its abstract arguments, as a run of a config makes them."""
+
+    step: Callable
+    arguments: list[Any]  # state, batch, and what else it takes
+    mesh: "Mesh"
+    donate: bool
+
+    def compile(self) -> Any:
+        """The compiled step, as the run compiles it."""
+        from stvit_jax.training.step import compile_step
+
+        return compile_step(self.step, *self.arguments, mesh=self.mesh, donate=self.donate)
+
+
+def program(config: "ConfigDict", mode: str, chips: list[Any]) -> Program:
+    """The train step of a config (`mode` train), or its first evaluation's (infer), on chips.
+
+    The pictures are random ones of ImageNet's number and classes: no data set is opened.
+
+    Raises:
+      UserError: a mistake in the config.
+    """
+    import jax
+
+    from stvit_jax import run, tasks
+    from stvit_jax.data.examples import batch_spec
+    from stvit_jax.training.step import abstract_batch, init_state
+
+    with config.unlocked():
+        config.data.source, config.robustness = "fake", ()
+    validate(config)
+    mesh = parallel.make_mesh(config.batch_size, config.gradient_accumulation, chips)
+    task = tasks.build(config, mesh)
+    tx = run.Plans.of(config, task).tx
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(lambda key: init_state(task.init, tx, key, config.ema_decay > 0), key)
+    if mode == "infer":
+        evaluation = task.evaluations[0]
+        batch = abstract_batch(batch_spec(evaluation.examples), config.batch_size)
+        return Program(evaluation.measure, [state.variables, batch], mesh, donate=False)
+    step = run.train_step_of(config, task, tx, mesh)
+    batch = abstract_batch(batch_spec(task.train), config.batch_size)
+    return Program(step, [state, batch, key], mesh, donate=True)
