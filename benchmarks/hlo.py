@@ -1,4 +1,4 @@
-"""Reading a compiled program as XLA prints it: what devices say to each other in it."""
+"""A compiled program as XLA prints it: what devices say to each other, and what is done twice."""
 
 import dataclasses
 import math
@@ -44,6 +44,12 @@ def collectives(program: str) -> list[Collective]:
     """
     named, entry = computations(program)
     return list(_walk(named, entry, 1))
+
+
+def recomputed(program: str) -> int:
+    """How many operations the compiler itself does twice, because their results found no room."""
+    again = re.findall(r"^  (?:ROOT )?%?[\w.-]+\.remat[\w.-]* = .*", program, re.MULTILINE)
+    return sum(" get-tuple-element(" not in line for line in again)
 
 
 def computations(program: str) -> tuple[dict[str, list[str]], str]:

@@ -8,9 +8,11 @@ The step is the one that train.py compiles, on random pictures of 1,000 classes.
 h100:4, or a TPU slice by its shape: v5e:2x4, v5e:16x16, v4:2x2x4 (16 chips), v6e:16x16. It needs
 `pip install -r requirements-compilers.txt`, one core and minutes (tens of them for a whole network
 on hundreds of chips); nothing is executed, so this measures no speed. A compiler that finds no room
-for the step says so, and then only that is known.
+for the step says so, and then only that is known; before that it recomputes what it can, and the
+number of operations that it does twice is printed.
 
-FLOPs and bytes are the compiler's own count, in which the body of a loop counts once.
+FLOPs and bytes are the compiler's own count, in which the body of a loop counts once; a GPU's
+compiler does not count.
 """
 
 import collections
@@ -25,7 +27,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from benchmarks import compilers
-from benchmarks.hlo import Collective, collectives
+from benchmarks.hlo import Collective, collectives, recomputed
 from stvit_jax import command_line
 from stvit_jax.console import say
 from stvit_jax.errors import UserError, one_line
@@ -89,14 +91,17 @@ def account(compiled: Any, images: float) -> dict[str, Any]:
         name: getattr(memory, f"{name}_size_in_bytes")
         for name in ("argument", "output", "alias", "temp", "generated_code")
     }
+    text = compiled.as_text()
     held = sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"]
     return {
-        "flops_per_image": cost.get("flops", 0) / images,
-        "bytes_per_image": cost.get("bytes accessed", 0) / images,
+        # A GPU's compiler tells neither: products are calls of cuBLAS to it.
+        "flops_per_image": cost["flops"] / images if cost else None,
+        "bytes_per_image": cost["bytes accessed"] / images if cost else None,
         "peak_bytes": held + sizes["generated_code"],
         "xla_peak_bytes": memory.peak_memory_in_bytes,
         "sizes": sizes,
-        "collectives": grouped(collectives(compiled.as_text())),
+        "recomputed": recomputed(text),
+        "collectives": grouped(collectives(text)),
     }
 
 
@@ -133,10 +138,11 @@ def report(row: dict[str, Any]) -> list[str]:
     lines.append(f"peak memory of a chip: {peak} of {row['chip_bytes'] / GB:.0f} GiB: {fits}")
     if "error" in row:
         return [*lines, f"the compiler: {row['error']}"]
-    lines.append(
-        f"an image: {row['flops_per_image'] / 1e9:.2f} GFLOP, "
-        f"{row['bytes_per_image'] / 1e6:.1f} MB accessed"
-    )
+    if row["flops_per_image"]:
+        flops, accessed = row["flops_per_image"] / 1e9, row["bytes_per_image"] / 1e6
+        lines.append(f"an image: {flops:.2f} GFLOP, {accessed:.1f} MB accessed")
+    if row["recomputed"]:
+        lines.append(f"for want of room the compiler does {row['recomputed']} operations twice")
     return lines + collective_lines(row["collectives"])
 
 
@@ -153,10 +159,11 @@ def collective_lines(rows: list[dict[str, Any]]) -> list[str]:
         kinds[r["kind"], r["dtype"]].append(r)
     for (kind, dtype), same in kinds.items():
         count, size = sum(r["count"] for r in same), sum(r["count"] * r["bytes"] for r in same)
-        lines.append(
-            f"  {count} x {kind} {dtype}, {same[-1]['bytes'] / 1e6:.3f} to "
-            f"{same[0]['bytes'] / 1e6:.3f} MB, {size / 1e6:.3f} MB in all"
+        least, most = (f"{r['bytes'] / 1e6:.3f}" for r in (same[-1], same[0]))
+        sizes = (
+            f"{least} to {most} MB, {size / 1e6:.3f} MB in all" if least != most else f"{most} MB"
         )
+        lines.append(f"  {count} x {kind} {dtype}, {sizes}")
     return lines
 
 

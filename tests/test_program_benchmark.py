@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compilers, program
-from benchmarks.hlo import Collective, collectives
+from benchmarks import compilers, pods, program
+from benchmarks.hlo import Collective, collectives, recomputed
 from stvit_jax.errors import UserError
+from tests.program import ROOT
 
 LOOPS = """
 HloModule jit_step
@@ -50,6 +51,16 @@ def test_collectives_have_their_kind_type_size_and_number() -> None:
         Collective("collective-permute", "f32", 5, 20),
         Collective("all-reduce", "bf16+f32+s32", 2562, 10246),
     ]
+
+
+def test_what_the_compiler_does_twice_is_counted() -> None:
+    twice = """
+  %fusion.3 = f32[4] fusion(%p), calls=%f
+  %fusion.3.remat = (f32[4], f32[]) fusion(%p), calls=%f
+  %gte.remat = f32[4] get-tuple-element(%fusion.3.remat), index=0
+  ROOT %convert.1.remat2.1 = f32[4] convert(%fusion.3.remat)
+"""
+    assert recomputed(twice) == 2 and recomputed(LOOPS) == 0
 
 
 def test_many_sizes_are_a_line_a_kind() -> None:
@@ -162,3 +173,20 @@ def test_a_row_is_told_whether_it_fits_or_not(monkeypatch, tmp_path, capsys) -> 
     first, second = map(json.loads, Path(tmp_path / "rows.jsonl").read_text().splitlines())
     assert first["fits"] and first["depths"] == [1, 1, 1, 1] and first["flops_per_image"] > 0
     assert not second["fits"] and second["peak_bytes"] == 20.5 * 2**30
+
+
+def test_the_page_of_pods_has_the_committed_rows() -> None:
+    """docs/pods.md is `benchmarks.pods` of docs/pods.jsonl, and words."""
+    rows = [json.loads(line) for line in (ROOT / "docs/pods.jsonl").read_text().splitlines()]
+    page = (ROOT / "docs/pods.md").read_text()
+    assert "\n".join(pods.table(rows)) in page
+
+
+def test_a_row_without_room_is_told_with_what_is_known() -> None:
+    row = {"model": "stvit_base", "target": "v5e:2x4", "chips": 8, "batch_size": 1024}
+    row |= {"depths": [1, 1, 2, 1], "remat": [0, 1], "accumulation": 4, "compile_seconds": 300}
+    row |= {"fits": False, "peak_bytes": None, "chip_bytes": 2**34}
+    assert pods.table([row])[2] == (
+        "| base | v5e:2x4 | 128 | `--depths 1,1,2,1 --remat 0,1 --accumulation 4` | - of 16 "
+        "| **no** | - | - | - | - | 300 |"
+    )
