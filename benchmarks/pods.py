@@ -48,6 +48,7 @@ def flags(row: dict[str, Any]) -> str:
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     share = row["batch_size"] // row["chips"]
     peak = f"{row['peak_bytes'] / GIB:.1f}" if row["peak_bytes"] else "-"
+    peak = f"> {peak}" if "error" in row and row["peak_bytes"] else peak  # of temporaries alone
     known = ("-",) * 4
     if "collectives" in row:
         sent = row["collectives"]

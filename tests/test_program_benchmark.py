@@ -190,3 +190,5 @@ def test_a_row_without_room_is_told_with_what_is_known() -> None:
         "| base | v5e:2x4 | 128 | `--depths 1,1,2,1 --remat 0,1 --accumulation 4` | - of 16 "
         "| **no** | - | - | - | - | 300 |"
     )
+    row |= {"error": "(16.69G) exceeds available HBM", "peak_bytes": 17 * 2**30}
+    assert "| > 17.0 of 16 | **no** |" in pods.table([row])[2]
