@@ -35,7 +35,7 @@ def table(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 def flags(row: dict[str, Any]) -> str:
     """What its command line has besides target, network and batch."""
-    given = []
+    given = [f"--mode {row['mode']}"] if row["mode"] != "train" else []
     if row["depths"] != "whole":
         given.append(f"--depths {','.join(map(str, row['depths']))}")
     if row["remat"]:

@@ -184,11 +184,17 @@ def test_the_page_of_pods_has_the_committed_rows() -> None:
 
 def test_a_row_without_room_is_told_with_what_is_known() -> None:
     row = {"model": "stvit_base", "target": "v5e:2x4", "chips": 8, "batch_size": 1024}
-    row |= {"depths": [1, 1, 2, 1], "remat": [0, 1], "accumulation": 4, "compile_seconds": 300}
+    row |= {
+        "mode": "infer",
+        "depths": [1, 1, 2, 1],
+        "remat": [0, 1],
+        "accumulation": 4,
+        "compile_seconds": 300,
+    }
     row |= {"fits": False, "peak_bytes": None, "chip_bytes": 2**34}
     assert pods.table([row])[2] == (
-        "| base | v5e:2x4 | 128 | `--depths 1,1,2,1 --remat 0,1 --accumulation 4` | - of 16 "
-        "| **no** | - | - | - | - | 300 |"
+        "| base | v5e:2x4 | 128 | `--mode infer --depths 1,1,2,1 --remat 0,1 --accumulation 4` "
+        "| - of 16 | **no** | - | - | - | - | 300 |"
     )
     row |= {"error": "(16.69G) exceeds available HBM", "peak_bytes": 17 * 2**30}
     assert "| > 17.0 of 16 | **no** |" in pods.table([row])[2]
