@@ -49,6 +49,7 @@ def make_mesh(batch_size: int, parts: int = 1, devices: Sequence[Any] | None = N
     Args:
       batch_size: of an update.
       parts: that it is learned from one after the other.
+      devices: that the mesh has; None: all.
 
     Raises:
       UserError: there are none, or the examples of a part cannot be split evenly over them.
@@ -74,18 +75,20 @@ def make_mesh(batch_size: int, parts: int = 1, devices: Sequence[Any] | None = N
     return Mesh(np.asarray(devices), ("data",))
 
 
-def spanning_groups(batch_size: int, group_size: int, devices: int) -> str | None:
+def spanning_groups(batch_size: int, group_size: int, devices: int, parts: int = 1) -> str | None:
     """What to know where groups of images do not lie within devices; None where they do.
 
     Args:
-      batch_size: images that are normalised together, over all devices.
-      group_size: images that share BatchNorm statistics; 0: all of them.
+      batch_size: of an update.
+      group_size: images that share BatchNorm statistics; 0: all that are in the network at once.
       devices: that share the batch.
+      parts: that it is learned from one after the other.
     """
-    share, group = batch_size // devices, group_size or batch_size
+    share = batch_size // (devices * parts)
+    group = group_size or batch_size // parts
     if share % group == 0:
         return None
-    larger = f"a batch of {devices * group} (or a multiple), or " if group_size else ""
+    larger = f"a batch of {devices * parts * group} (or a multiple), or " if group_size else ""
     return (
         f"{share} images a device and groups of {group}: every normalisation communicates; use "
         f"{larger}config.group_size {share}"

@@ -183,7 +183,9 @@ def _train(
         f"{task.train.source.name}: {len(task.train.source)} images to train on, "
         f"{sum(len(e.examples.source) for e in task.evaluations)} to evaluate on; workdir {where}"
     )
-    spanning = parallel.spanning_groups(config.batch_size, config.group_size, mesh.size)
+    spanning = parallel.spanning_groups(
+        config.batch_size, config.group_size, mesh.size, config.gradient_accumulation
+    )
     if spanning and not config.freeze_batch_norm:
         warn(spanning)
     with contextlib.ExitStack() as stack:

@@ -48,15 +48,24 @@ def test_a_batch_is_split_evenly(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "batch, group, devices, message",
+    "batch, group, devices, parts, message",
     [
-        (1024, 128, 8, None),
-        (2048, 128, 8, None),
-        (128, 0, 1, None),
+        (1024, 128, 8, 1, None),
+        (2048, 128, 8, 2, None),
+        (128, 0, 1, 1, None),
+        (
+            1024,
+            128,
+            8,
+            2,
+            "64 images a device and groups of 128: every normalisation communicates; use a "
+            "batch of 2048 (or a multiple), or config.group_size 64",
+        ),
         (
             512,
             128,
             8,
+            1,
             "64 images a device and groups of 128: every normalisation communicates; use a "
             "batch of 1024 (or a multiple), or config.group_size 64",
         ),
@@ -65,6 +74,7 @@ def test_a_batch_is_split_evenly(monkeypatch) -> None:
             64,
             0,
             8,
+            1,
             "8 images a device and groups of 64: every normalisation communicates; use "
             "config.group_size 8",
         ),
@@ -72,10 +82,11 @@ def test_a_batch_is_split_evenly(monkeypatch) -> None:
             1536,
             128,
             8,
+            1,
             "192 images a device and groups of 128: every normalisation communicates; "
             "use a batch of 1024 (or a multiple), or config.group_size 192",
         ),
     ],
 )
-def test_groups_that_span_devices_are_noticed(batch, group, devices, message) -> None:
-    assert parallel.spanning_groups(batch, group, devices) == message
+def test_groups_that_span_devices_are_noticed(batch, group, devices, parts, message) -> None:
+    assert parallel.spanning_groups(batch, group, devices, parts) == message
