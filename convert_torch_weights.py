@@ -2,6 +2,8 @@
 
     python convert_torch_weights.py INPUT --output OUTPUT [--model NAME] [--ema] [--verify]
 
+INPUT and OUTPUT may lie in a bucket (gs://BUCKET/PATH).
+
 INPUT is a file of torch.save (.pth, .pt, .bin, .ckpt) or .safetensors, with PyTorch names; a folder
 that holds `model.safetensors` or `pytorch_model.bin`, or an index of its shards; a directory that
 this program wrote; or the workdir of a run. What was put round the names (`module.`, `_orig_mod.`,
@@ -30,8 +32,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stvit_jax import command_line, torch_weights
-from stvit_jax.checkpoints import fit, weights
+from stvit_jax import command_line, places, torch_weights
+from stvit_jax.checkpoints import files, fit, weights
 from stvit_jax.console import say
 from stvit_jax.errors import UserError
 from stvit_jax.models.settings import SETTINGS, UNOPTIMIZED, create
@@ -64,7 +66,7 @@ def convert(
     if (more := len(found.ignored) - _MOST_ENTRIES) > 0:
         say(f"  ignored  {more} entries more")
     weights.write(output, found)
-    say(f"output     {output}\n  sha256   {sha256(Path(output).expanduser())}")
+    say(f"output     {output}\n  sha256   {sha256(files.located(output))}")
     if verify:
         say(f"verify     {compare(found, weights.read(output))}")
 
@@ -111,8 +113,8 @@ def sha256(path: Path) -> str:
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    lines = "".join(f"{sha256(p)}  {p.relative_to(path).as_posix()}\n" for p in files)
+    inner = sorted(places.files(path))
+    lines = "".join(f"{sha256(p)}  {p.relative_to(path).as_posix()}\n" for p in inner)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 

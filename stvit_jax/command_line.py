@@ -17,6 +17,7 @@ from typing import NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from stvit_jax import places
 from stvit_jax.config import field_names
 from stvit_jax.console import warn
 from stvit_jax.errors import UserError, did_you_mean, one_line, reason
@@ -53,7 +54,7 @@ def _leave(code: int) -> NoReturn:
 
 
 def train(argv: Sequence[str], usage: str) -> tuple[ConfigDict, Path]:
-    """The flags of `train.py`: the config, and the absolute workdir.
+    """The flags of `train.py`: the config, and the absolute workdir, which may be in a bucket.
 
     Raises:
       UserError: a mistake in the command line or in the config file that it names.
@@ -64,7 +65,7 @@ def train(argv: Sequence[str], usage: str) -> tuple[ConfigDict, Path]:
     known, rest = flags_of.parse_known_args(argv)
     if not known.config or known.workdir is None:
         raise UserError("write: python train.py --config configs/NAME.py --workdir DIR")
-    return read_config(known.config, rest), local_path("--workdir", known.workdir)
+    return read_config(known.config, rest), places.place("--workdir", known.workdir)
 
 
 def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
@@ -97,19 +98,14 @@ def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
 
 
 def local_path(flag: str, text: str) -> Path:
-    """An absolute path of the local file system.
+    """As `places.place`, for what is written to a disk only.
 
     Raises:
-      UserError: it is empty, or an address of something else.
+      UserError: as that, or it is an address.
     """
-    if not text.strip():
-        raise UserError(f"{flag} is empty: name a folder (is a variable of your shell unset?)")
-    if re.match(r"[A-Za-z][\w+.-]*://", text):
-        raise UserError(
-            f"{flag} {one_line(text)}: buckets are not supported yet; use a local folder, or mount "
-            "the bucket"
-        )
-    return Path(text).expanduser().absolute()
+    if places.is_address(text):
+        raise UserError(f"{flag} {one_line(text)}: give a path on this machine, and copy from it")
+    return places.place(flag, text)
 
 
 class _Parser(argparse.ArgumentParser):

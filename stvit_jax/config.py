@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
+from stvit_jax import places
 from stvit_jax.errors import UserError, listing, one_line
 
 # What may differ between a run and its continuation; everything else makes another recipe.
@@ -83,7 +84,7 @@ def base() -> ConfigDict:
     config.freeze_batch_norm = False  # fine-tuning: running statistics used and kept, no drop path
     config.dtype = "bfloat16"  # of compute; float32, float64
     config.deterministic = False  # GPU: runs that repeat bit by bit, see parallel.py
-    config.init_from = ""  # .pth, .safetensors, converted directory or workdir to start from
+    config.init_from = ""  # .pth, .safetensors, converted directory, workdir; gs:// too
     config.init_from_ema = False  # take its moving average
     config.seed = 0
     config.robustness = ()  # data sets to evaluate how far a model carries, see robustness.py
@@ -154,10 +155,13 @@ def _is_change(change: Any) -> bool:
 
 
 def _is_local(path: str, _: ConfigDict) -> bool:
-    return not re.match(r"[A-Za-z][\w+.-]*://", path)
+    return not places.is_address(path)
 
 
-_LOCAL = "buckets are not supported yet; mount it, or copy it to a local disk"
+_LOCAL = (
+    "data are read from a disk or a mount of this machine, and ArrayRecord reads no bucket: copy "
+    "them here, or mount it (gcsfuse)"
+)
 
 CHECKS: tuple[Check, ...] = (
     _one_of("task", "classification"),
@@ -173,7 +177,11 @@ CHECKS: tuple[Check, ...] = (
     _one_of("dtype", "bfloat16", "float32", "float64"),
     _one_of("data.source", "tfds", "folder", "fake"),
     Check("data.dir", _is_local, _LOCAL),
-    Check("init_from", _is_local, _LOCAL),
+    Check(
+        "init_from",
+        lambda v, _: not places.is_address(v) or re.match("gs:/", v),
+        "give a path on this machine, or gs://BUCKET/PATH",
+    ),
     Check(
         "batch_size",
         lambda v, c: not c.group_size or v % c.group_size == 0,

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from stvit_jax import parallel, schedules, tasks
+from stvit_jax import parallel, places, schedules, tasks
 from stvit_jax.checkpoints import weights
 from stvit_jax.checkpoints.manager import Checkpoints
 from stvit_jax.config import check_same_recipe, to_json, validate
@@ -55,6 +55,9 @@ def run(config: ConfigDict, where: Path, stop: Stop) -> int:
       UserError: a mistake in the config, the data or the workdir.
     """
     validate(config)
+    places.reach(where)
+    if config.init_from:
+        places.reach(places.of(config.init_from))
     allow_many_open()  # a checkpoint of a large network and a set in shards have many files
     x64 = config.dtype == "float64"
     parallel.prepare(x64=x64, deterministic=config.deterministic, workdir=where)
@@ -253,7 +256,7 @@ def _evaluate(config: ConfigDict, where: Path, task: Task, evaluator: Evaluator,
             f"there is no checkpoint in {where} to evaluate: name weights with "
             "--config.init_from=PATH, or the workdir of a run"
         )
-    path = Path(config.init_from or where)
+    path = config.init_from or where
     abstract = jax.eval_shape(task.init, jax.random.key(0))
 
     def adopted(ema: bool) -> tuple[Variables, weights.Weights]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "stvit_jax"
-GROUND = {"errors", "console", "trees", "parallel"}
+GROUND = {"errors", "console", "trees", "parallel", "places"}
 HALL = {"run", "config", "command_line"}
 LEAVES = {"schedules", "torch_weights"}  # of the door, without weight
 WINGS = {"ops", "models", "data", "augment", "checkpoints", "training", "tasks"}
@@ -16,8 +16,8 @@ WINGS = {"ops", "models", "data", "augment", "checkpoints", "training", "tasks"}
 # longest name that fits counts.
 ARROWS = {
     "errors": set(),
-    **dict.fromkeys(("console", "trees", "parallel"), {"errors"}),
-    "config": {"errors"},
+    **dict.fromkeys(("console", "trees", "parallel", "places"), {"errors"}),
+    "config": {"errors", "places"},
     "command_line": {"config"} | GROUND,
     "run": {"tasks", "training", "checkpoints", "data", "config", "models.settings"}
     | LEAVES
@@ -54,6 +54,7 @@ LIBRARIES = {
     "simplejpeg": {"data"},
     "cykooz_resizer": {"data"},
     "clu": {"training.metrics"},
+    **dict.fromkeys(("etils", "fsspec", "aiohttp", "gcsfs"), {"places"}),
     "optax": {"training", "tasks", "run"},
     "ml_collections": {"config", "command_line", "tasks", "run", "contact_sheet"},
     "absl": {"command_line", "data", "checkpoints"},

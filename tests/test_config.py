@@ -31,7 +31,8 @@ from stvit_jax.errors import UserError
         ("augment.erasing_probability", 1.5, "erasing_probability is 1.5: it must be in [0, 1]"),
         ("augment.erasing_probability", float("nan"), "is nan: it must be in [0, 1]"),
         ("robustness", (1,), "config.robustness is (1,): write the names of data sets"),
-        ("data.dir", "gs://bucket/x", "is 'gs://bucket/x': buckets are not supported yet"),
+        ("data.dir", "gs://bucket/x", "is 'gs://bucket/x': data are read from a disk or a mount"),
+        ("init_from", "s3://bucket/x", "give a path on this machine, or gs://BUCKET/PATH"),
         ("task", "regression", "config.task is 'regression': it must be one of classification"),
         ("seed", 2**32, "config.seed is 4294967296: it must be less than 2**32"),
         ("gradient_clip", -1.0, "config.gradient_clip is -1.0: it must be finite and at least 0"),
@@ -154,11 +155,12 @@ def test_mistakes_on_the_command_line(arguments, message, monkeypatch):
     [
         ("", "--workdir is empty"),
         ("  ", "--workdir is empty"),
-        ("gs://bucket/run", "buckets are not supported yet"),
-        ("s3://bucket/run", "buckets are not supported yet"),
+        ("s3://bucket/run", "--workdir s3://bucket/run is an address, but none of gs://BUCKET/DIR"),
+        ("gs://", "--workdir gs:// is an address, but none of gs://BUCKET/DIR"),
+        ("gs://BUCKET/run", "is an address, but none of gs://BUCKET/DIR"),
     ],
 )
-def test_a_workdir_is_a_folder_of_this_machine(workdir, message):
+def test_a_workdir_is_a_folder_of_this_machine_or_in_a_bucket(workdir, message):
     with pytest.raises(UserError, match=message):
         command_line.train(["--config=configs/digits.py", "--workdir", workdir], "")
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
+from stvit_jax import places
 from stvit_jax.checkpoints import files, orbax
 from stvit_jax.errors import UserError
 from stvit_jax.trees import leaves
@@ -17,7 +18,8 @@ from stvit_jax.trees import leaves
 
 def is_one(path: Path) -> bool:
     """Whether it looks like one."""
-    return (path / "weights").is_dir() and (path / "meta").is_dir()
+    parts = (path / "weights").is_dir() and (path / "meta").is_dir()
+    return parts and orbax.is_committed(path)
 
 
 def read(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -30,7 +32,7 @@ def read(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         with orbax.quiet(), orbax.checkpointer() as checkpointer:
             args = ocp.args.Composite(weights=ocp.args.PyTreeRestore(), meta=ocp.args.JsonRestore())
-            items = checkpointer.restore(path.absolute(), args=args)
+            items = checkpointer.restore(places.of(path), args=args)
         if items.meta["sha256"] != _digest(items.weights):
             raise ValueError("its values are not those that were written")
         return items.weights, {"stvit_config": items.meta["stvit_config"]} | items.meta
@@ -44,14 +46,15 @@ def write(path: Path, variables: Any, carried: dict[str, Any]) -> None:
     Raises:
       OSError, RuntimeError, ValueError: what Orbax makes of a place that cannot be written.
     """
-    files.make_folder_of(path)
+    if not places.in_bucket(path):
+        files.make_folder_of(path)
     args = ocp.args.Composite(
         weights=ocp.args.PyTreeSave(variables),
         meta=ocp.args.JsonSave(carried | {"sha256": _digest(variables)}),
     )
     try:
         with orbax.quiet(), orbax.checkpointer() as checkpointer:
-            checkpointer.save(path.absolute(), args=args)
+            checkpointer.save(places.of(path), args=args)
     except BaseException:
         _remove_unfinished(path)
         raise
@@ -59,6 +62,9 @@ def write(path: Path, variables: Any, carried: dict[str, Any]) -> None:
 
 def _remove_unfinished(path: Path) -> None:
     """What Orbax wrote under another name; its threads may go on writing for a moment."""
+    if places.in_bucket(path):  # there it has its own name from the start
+        places.remove_tree(path)
+        return
     quiet_rounds = 0
     for _ in range(50):
         unfinished = list(path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"))

@@ -7,10 +7,13 @@ import os
 import re
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from stvit_jax import places
+from stvit_jax.console import Progress
 from stvit_jax.errors import UserError, described, reason
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pth.tar", ".pt.tar")
@@ -39,18 +42,16 @@ _BEGINNINGS = {
 }
 
 
-def local(path: str | Path) -> Path:
-    """A path on this machine, `~` and all.
+def located(path: str | Path) -> Path:
+    """A path on this machine, `~` and all, or in a bucket.
 
     Raises:
-      UserError: it is empty, an address, or of nobody's home.
+      UserError: it is empty, another address, or of nobody's home.
     """
     if not str(path):
         raise UserError("an empty text names no file and no directory of weights")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
-        raise UserError(
-            f"{path} is an address: give a path on this machine, and copy from or to it"
-        )
+    if places.is_address(str(path)):
+        return places.of(path)
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -96,9 +97,12 @@ def read_json(path: Path) -> Any:
     Raises:
       UserError: it is no ordinary file, cannot be read, or is no JSON.
     """
-    beginning(path)
+    if not places.in_bucket(path):  # which holds nothing but objects
+        beginning(path)
     try:
-        return json.loads(path.read_bytes())
+        with places.os_errors(path):
+            content = path.read_bytes()
+        return json.loads(content)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from error
     except Exception as error:  # ValueError, RecursionError, whatever a text that is none leads to
@@ -108,6 +112,8 @@ def read_json(path: Path) -> Any:
 
 def check_tree(path: Path) -> None:
     """Raises UserError where a directory holds something that is read for ever: pipes, devices."""
+    if places.in_bucket(path):
+        return
     for inner in path.rglob("*"):
         if inner.exists() and not (inner.is_file() or inner.is_dir()):
             raise UserError(f"{inner} is no file and no directory; {path} is not read")
@@ -135,11 +141,39 @@ def make_folder_of(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def fetched(path: Path) -> Iterator[Path]:
+    """A copy on this machine, of the same name, of a file in a bucket; it goes with the block.
+
+    Raises:
+      OSError: it cannot be read, or there is no room for it.
+    """
+    with tempfile.TemporaryDirectory(prefix="stvit_jax-") as folder:
+        copy = Path(folder) / path.name
+        with places.os_errors(path):
+            size = path.stat().length
+            progress = Progress(f"fetching {path}", size)
+            with path.open("rb") as source, copy.open("wb") as sink:
+                while part := source.read(2**22):
+                    sink.write(part)
+                    progress.update(sink.tell())
+        if copy.stat().st_size != size:
+            raise OSError(f"{path} was cut off after {copy.stat().st_size} of {size} bytes")
+        yield copy
+
+
+@contextlib.contextmanager
 def replaced(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the name `path` when all of it is on the disk, and not before.
 
-    Until then it has a name of its own, which nothing that is there already can stand for.
+    Until then it has a name of its own, which nothing that is there already can stand for. In a
+    bucket: a new object, which is put there when all of it is known.
     """
+    if places.in_bucket(path):
+        with tempfile.NamedTemporaryFile() as file:
+            yield file
+            file.flush()
+            places.put(Path(file.name), path)
+        return
     make_folder_of(path)
     unfinished = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW

@@ -14,7 +14,6 @@ Where this departs from Orbax's own behaviour, and why:
 """
 
 import contextlib
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from stvit_jax import places
 from stvit_jax.checkpoints import orbax
 from stvit_jax.checkpoints.digests import describe, forms, leaf_digests
-from stvit_jax.checkpoints.reader import positions, read_newest
+from stvit_jax.checkpoints.reader import numbered, positions, read_newest
 from stvit_jax.console import warn
 from stvit_jax.errors import UserError, listing, reason
 from stvit_jax.trees import leaves
@@ -48,15 +48,16 @@ class Checkpoints:
         Raises:
           UserError: the directory cannot be created, read or written.
         """
-        self._directory = Path(directory).absolute()  # Orbax takes no relative path
+        self._directory = places.of(directory)  # Orbax takes no relative path
         self._keep = keep
         self._in_flight: int | None = None  # position of the save that is not yet checked
         self._failures = 0
         with contextlib.ExitStack() as stack:
             stack.enter_context(orbax.quiet())
             try:
-                self._directory.mkdir(parents=True, exist_ok=True)
-                self._probe()
+                if not places.in_bucket(self._directory):
+                    self._directory.mkdir(parents=True, exist_ok=True)
+                    self._probe()
                 self._manager = self._open()
             except OSError as error:
                 raise UserError(
@@ -94,7 +95,7 @@ class Checkpoints:
                 "again"
             )
         try:
-            if not self._directory.exists():
+            if not places.in_bucket(self._directory) and not self._directory.exists():
                 self._directory.mkdir(parents=True)
                 warn(f"{self._directory} had vanished with all checkpoints; it is made anew")
             self._manager.reload()  # it believes in what it has seen before
@@ -195,7 +196,8 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         self._remove_leftovers()
-        return orbax.manager(self._directory, self._keep)
+        with places.os_errors(self._directory):
+            return orbax.manager(self._directory, self._keep)
 
     def _probe(self) -> None:
         """Raises OSError where nothing can be written; what it writes has no name, so it leaves."""
@@ -211,11 +213,20 @@ class Checkpoints:
 
     def _remove_leftovers(self) -> None:
         """What killed and failed saves wrote; nothing may be in flight."""
-        if jax.process_index() == 0:
+        if jax.process_index() != 0:
+            return
+        if not places.in_bucket(self._directory):
             for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
                 # The threads of a save that failed a moment ago may still be writing there. Orbax's
                 # own clean-up fails the next save then; this one removes the rest before it.
-                shutil.rmtree(path, ignore_errors=True)
+                places.remove_tree(path)
+            return
+        with contextlib.suppress(OSError):
+            for position in numbered(self._directory):
+                path = self._directory / str(position)
+                if not orbax.is_committed(path):
+                    warn(f"{path} was never finished ({orbax.COMMITTED} is missing): removed")
+                    places.remove_tree(path)
 
     def _failed(self, position: int, error: Exception) -> None:
         self._failures += 1
@@ -246,7 +257,8 @@ class Checkpoints:
                     while target.exists():
                         copies += 1
                         target = aside / f"{position}.{copies}"
-                    (self._directory / str(position)).rename(target)
+                    path = self._directory / str(position)
+                    places.move_tree(path, target, first=orbax.COMMITTED)
             except OSError as error:
                 raise UserError(
                     f"damaged checkpoints cannot be moved to {aside}: {reason(error)}; move them "

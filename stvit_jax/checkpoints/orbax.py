@@ -22,9 +22,11 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
+from stvit_jax import places
 from stvit_jax.errors import one_line
 
 _ORBAX = str(Path(ocp.__file__).parent)
+COMMITTED = "commit_success.txt"  # the mark of a directory in a bucket that is complete
 _ASYNCIO = f"{os.sep}asyncio{os.sep}"
 # In what asyncio says of a task that nobody waits for any more. OCDBT is TensorStore's database.
 _TRACES = (_ORBAX, "OCDBT", "tensorstore")
@@ -51,6 +53,18 @@ def manager(directory: Path, keep: int) -> ocp.CheckpointManager:
         "meta": ocp.JsonCheckpointHandler(),
     }
     return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+
+
+def is_committed(path: Path) -> bool:
+    """Whether a directory that Orbax wrote is complete.
+
+    On a disk it takes its name at the end; in a bucket it has it from the start, and gets a mark.
+
+    Raises:
+      OSError: the bucket does not say.
+    """
+    with places.os_errors(path):
+        return not places.in_bucket(path) or (path / COMMITTED).exists()
 
 
 def why(error: BaseException) -> str:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from stvit_jax import places
 from stvit_jax.checkpoints import files, orbax
 from stvit_jax.checkpoints.digests import DamagedError, check, leaf_digests
 from stvit_jax.console import warn
@@ -50,9 +51,24 @@ def positions(directory: Path) -> list[int]:
       UserError: it cannot be read.
     """
     try:
-        names = [path.name for path in directory.iterdir()]
+        return [n for n in numbered(directory) if orbax.is_committed(directory / str(n))]
     except OSError as error:
         raise UserError(f"{directory} cannot be read: {reason(error)}") from error
+
+
+def numbered(directory: Path) -> list[int]:
+    """The positions that have a folder, newest first; in a bucket, unfinished ones are among them.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    try:
+        with places.os_errors(directory):
+            names = [path.name for path in directory.iterdir()]
+    except FileNotFoundError:
+        if not places.in_bucket(directory):  # which has no folder without something in it
+            raise
+        names = []
     return sorted((int(name) for name in names if re.fullmatch("[0-9]+", name)), reverse=True)
 
 
@@ -107,6 +123,7 @@ def read_at(directory: Path, position: int, select: Select) -> tuple[PyTree, dic
     except UserError:
         raise
     except Exception as error:  # the readers raise anything on damaged files
+        places.reach(path)  # a bucket that does not answer says nothing about it, either
         number = errno.EACCES if _is_closed(path) else orbax.errno_of(error)
         if number in _NOT_DAMAGE:
             raise UserError(f"checkpoint {path} cannot be read: {os.strerror(number)}") from error
@@ -115,7 +132,7 @@ def read_at(directory: Path, position: int, select: Select) -> tuple[PyTree, dic
 
 def _read(path: Path, position: int, select: Select) -> tuple[PyTree, dict[str, Any]]:
     """Raises UserError where it is not what is wanted, anything else where it is damaged."""
-    path = path.absolute()  # Orbax takes no relative path
+    path = places.of(path)  # Orbax takes no relative path
     with orbax.checkpointer() as checkpointer:
         meta = checkpointer.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         check(meta, position)
@@ -135,6 +152,8 @@ def _read(path: Path, position: int, select: Select) -> tuple[PyTree, dict[str, 
 
 def _is_closed(path: Path) -> bool:
     """Whether anything in it may not be read: to Orbax that is not there."""
+    if places.in_bucket(path):  # where that is said to whoever asks
+        return False
     return not all(os.access(inner, os.R_OK) for inner in (path, *path.rglob("*")))
 
 

@@ -6,6 +6,8 @@
     directory       Orbax items `weights` and `meta`         `meta`
     workdir         `checkpoints/STEP`, of a run             `config.json`, `classes.json`
 
+Any of them may lie in a bucket (`gs://`); a file there is fetched before it is read.
+
 Read, not written: a folder with `model.safetensors` or `pytorch_model.bin`, or an index of shards.
 
 Settings are called `stvit_config`, names by label `class_names`, a list. `settings.py` says what
@@ -23,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from stvit_jax import torch_weights
+from stvit_jax import places, torch_weights
 from stvit_jax.checkpoints import (
     directories,
     files,
@@ -81,11 +83,13 @@ def read(path: str | Path, ema: bool = False) -> Weights:
       UserError: not there, not of a known form, damaged, no STViT, not finite, or no moving average
         in it.
     """
-    path = files.local(path)
+    path = files.located(path)
+    places.reach(path)
     try:
-        if not path.exists():
-            raise UserError(f"there are no weights at {path}")
-        weights = _read_directory(path, ema) if path.is_dir() else _read_file(path, ema)
+        with places.os_errors(path):
+            if not path.exists():
+                raise UserError(f"there are no weights at {path}")
+            weights = _read_directory(path, ema) if path.is_dir() else _read_file(path, ema)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from error
     source = weights.source
@@ -123,12 +127,13 @@ def write(path: str | Path, weights: Weights) -> None:
         package that is missing.
     """
     as_directory = str(path).endswith("/")
-    path = files.local(path)
+    path = files.located(path)
+    places.reach(path)
     carried = {"stvit_config": weights.settings}
     if weights.classes is not None:
         carried["class_names"] = list(weights.classes)
     try:
-        if path.exists() or path.is_symlink():
+        if path.exists() or (not places.in_bucket(path) and path.is_symlink()):
             raise UserError(f"{path} exists; remove it, or choose another output")
         if as_directory or not files.suffix(path):
             directories.write(path, weights.variables, carried)
@@ -149,6 +154,12 @@ def write(path: str | Path, weights: Weights) -> None:
 
 def _read_file(path: Path, ema: bool) -> Weights:
     """By its contents, which names do not always tell; a broken one by its name."""
+    if places.in_bucket(path):
+        with files.fetched(path) as copy:
+            try:
+                return dataclasses.replace(_read_file(copy, ema), source=path)
+            except UserError as error:
+                raise UserError(str(error).replace(str(copy), str(path))) from error
     start, suffix = files.beginning(path), files.suffix(path)
     if path.name.endswith(safetensors_files.INDEX):
         return _read_shards(path, ema)
@@ -180,6 +191,8 @@ def _read_safetensors(path: Path, ema: bool) -> Weights:
 
 
 def _read_shards(index: Path, ema: bool) -> Weights:
+    if places.in_bucket(index):
+        raise UserError(f"{index} is of weights in shards: copy the folder to this machine")
     tensors: dict[str, Any] = {}
     for file, names in safetensors_files.read_shards(index).items():
         shard = index.parent / file
@@ -200,8 +213,9 @@ def _read_directory(path: Path, ema: bool) -> Weights:
         return _read_workdir(path, ema, None)
     if path.name == "checkpoints" and (path.parent / "config.json").exists():
         return _read_workdir(path.parent, ema, None)
-    if path.name.isdecimal() and path.resolve().parent.name == "checkpoints":
-        return _read_workdir(path.resolve().parent.parent, ema, int(path.name))
+    whole = path if places.in_bucket(path) else path.resolve()
+    if path.name.isdecimal() and whole.parent.name == "checkpoints":
+        return _read_workdir(whole.parent.parent, ema, int(path.name))
     for name in _IN_FOLDERS:
         if (path / name).exists():
             return _read_file(path / name, ema)

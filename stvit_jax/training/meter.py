@@ -57,7 +57,8 @@ class Meter:
         self.restart_clock(0)
 
     def notes(self, step: int) -> dict[str, Any]:
-        """What a checkpoint of a step has to keep."""
+        """What a checkpoint of a step has to keep; the lines up to it are to be there before it."""
+        self._writer.flush()
         return {"unreadable": self._unreadable, "epoch": round(self._plan.epoch(step), 4)}
 
     def restart_clock(self, step: int) -> None:

@@ -6,10 +6,12 @@ A log is unimportant: what cannot be written is said once, and the training goes
 import contextlib
 import json
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from stvit_jax import places
 from stvit_jax.console import say, warn
 from stvit_jax.errors import described, reason
 
@@ -17,44 +19,58 @@ from stvit_jax.errors import described, reason
 class MetricWriter:
     """Writes metrics of a step to `metrics.jsonl` and, where TensorFlow is present, TensorBoard.
 
-    TensorFlow takes seconds to import, so everything for TensorBoard happens in a thread.
+    TensorFlow takes seconds to import, so everything for TensorBoard happens in a thread; and so
+    does what is put into a bucket: no step waits for it.
     """
 
     def __init__(self, workdir: Path) -> None:
-        self._path = workdir / "metrics.jsonl"
-        self._complained = self._half_line = False
+        self._workdir = workdir
+        kind = _Object if places.in_bucket(workdir) else _File
+        self._lines = kind(workdir / "metrics.jsonl")
         self._thread = ThreadPoolExecutor(1)
         self._tensorboard: Any = None
+        self._events: tempfile.TemporaryDirectory | None = None  # TensorBoard's, for a bucket
         self._thread.submit(self._open_tensorboard, workdir)
 
     def write(self, step: int, epoch: float, metrics: dict[str, float], **notes: Any) -> None:
         """One line: `step`, `epoch`, the metrics, and notes, which are no numbers to plot."""
         line = json.dumps({"step": step, "epoch": round(epoch, 4), **metrics, **notes})
-        try:
-            # Opened for every line: a file that was moved away, or a disk that had been full,
-            # costs the lines of that time only.
-            with self._path.open("ab", buffering=0) as file:
-                data = f"{line}\n".encode()
-                data = b"\n" + data if self._half_line else data
-                self._half_line = file.write(data) < len(data)  # the disk is full
-        except OSError as error:
-            if not self._complained:
-                warn(f"{self._path} cannot be written ({reason(error)}): lines are missing there")
-            self._complained = True
+        self._lines.add(f"{line}\n".encode())
         self._thread.submit(self._write_tensorboard, step, metrics)
+        if not any(name.startswith("train/") for name in metrics):
+            self.flush()  # an evaluation took long enough
+
+    def flush(self) -> None:
+        """Sends what was written up to here on its way, where it waits for that: to a bucket."""
+        if places.in_bucket(self._workdir):
+            self._thread.submit(self._put)
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
+        """Waits until everything is where it belongs."""
         self._thread.submit(self._close_tensorboard)
+        self.flush()
         self._thread.shutdown()
+        if self._events:
+            self._events.cleanup()
 
     # Below: in the thread.
+
+    def _put(self) -> None:
+        self._lines.put()
+        try:
+            for file in Path(self._events.name).iterdir() if self._events else ():
+                places.put(file, self._workdir / file.name)
+        except OSError as error:
+            warn(f"TensorBoard files are missing in {self._workdir} for now ({reason(error)})")
 
     def _open_tensorboard(self, workdir: Path) -> None:
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else TensorFlow greets with lines
         try:
             from clu import metric_writers
 
+            if places.in_bucket(workdir):  # TensorFlow would take a way of its own there
+                self._events = tempfile.TemporaryDirectory(prefix="stvit_jax-")
+                workdir = Path(self._events.name)
             self._tensorboard = metric_writers.SummaryWriter(str(workdir))
         except Exception as error:  # not installed; installed and broken; no room for its file
             say(f"no TensorBoard files ({described(error)}); metrics.jsonl has everything")
@@ -75,6 +91,58 @@ class MetricWriter:
                 self._tensorboard.close()
 
 
+class _File:
+    """Lines on a disk, each there as soon as it is known."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._complained = self._half_line = False
+
+    def add(self, line: bytes) -> None:
+        try:
+            # Opened for every line: a file that was moved away, or a disk that had been full,
+            # costs the lines of that time only.
+            with self._path.open("ab", buffering=0) as file:
+                data = b"\n" + line if self._half_line else line
+                self._half_line = file.write(data) < len(data)  # the disk is full
+        except OSError as error:
+            if not self._complained:
+                warn(f"{self._path} cannot be written ({reason(error)}): lines are missing there")
+            self._complained = True
+
+
+class _Object:
+    """Lines in a bucket, where nothing can be appended: they wait, and the whole is put anew."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._waiting: list[bytes] = []
+        self._complained = False
+
+    def add(self, line: bytes) -> None:
+        self._waiting.append(line)
+
+    def put(self) -> None:
+        """Adds what waits to what is there, which somebody who evaluates may have written to.
+
+        Where that fails, it is tried again with the next.
+        """
+        count = len(self._waiting)
+        if not count:
+            return
+        try:
+            with places.os_errors(self._path):
+                before = self._path.read_bytes() if self._path.exists() else b""
+                self._path.write_bytes(before + b"".join(self._waiting[:count]))
+        except OSError as error:
+            if not self._complained:
+                warn(f"{self._path} cannot be written ({reason(error)}): it is tried again")
+            self._complained = True
+        else:
+            del self._waiting[:count]
+            self._complained = False
+
+
 def keep_lines(workdir: Path, step: int, evaluation: bool) -> None:
     """Removes from `metrics.jsonl` what a run that goes on after `step` will write again.
 
@@ -83,11 +151,17 @@ def keep_lines(workdir: Path, step: int, evaluation: bool) -> None:
     """
     path = workdir / "metrics.jsonl"
     try:
-        before = path.read_bytes() if path.is_file() else b""
+        with places.os_errors(path):
+            before = path.read_bytes() if path.is_file() else b""
         lines = before.splitlines(keepends=True)
         kept = b"".join(line for line in lines if _stays(line, step, evaluation))
         # Replaced only where it must be: another process may be writing its evaluation there.
-        if kept != before:
+        if kept == before:
+            return
+        if places.in_bucket(path):
+            with places.os_errors(path):
+                path.write_bytes(kept)
+        else:
             whole = path.with_suffix(".tmp")
             whole.write_bytes(kept)
             whole.replace(path)

@@ -2,6 +2,7 @@
 
 `config.json`: the recipe; `classes.json`: what the labels mean; `evaluations.json`: what has been
 evaluated, by step. Files are replaced whole: whoever reads one, at any moment, reads all of it.
+The folder may be one in a bucket, see `places`.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from stvit_jax import places
 from stvit_jax.console import warn
 from stvit_jax.errors import UserError, one_line, reason
 
@@ -24,6 +26,11 @@ def make(workdir: Path) -> None:
       UserError: they cannot.
     """
     try:
+        if places.in_bucket(workdir):
+            with places.os_errors(workdir):
+                (workdir / ".probe").write_bytes(b"")
+                (workdir / ".probe").unlink()
+            return
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir) as file:
             file.write(b"\0" * 4096)  # more than a full disk still takes
@@ -37,10 +44,18 @@ def make(workdir: Path) -> None:
 
 
 def has_checkpoints(workdir: Path) -> bool:
-    """Whether a run has saved something there."""
+    """Whether a run has saved something there.
+
+    Raises:
+      UserError: a bucket does not say.
+    """
     try:
-        return any(path.name.isdecimal() for path in (workdir / "checkpoints").iterdir())
-    except OSError:
+        with places.os_errors(workdir):
+            return any(path.name.isdecimal() for path in (workdir / "checkpoints").iterdir())
+    except OSError as error:
+        # That nothing is known of a bucket for a while must not make a run start over there.
+        if places.in_bucket(workdir) and not isinstance(error, FileNotFoundError):
+            raise UserError(f"{workdir} cannot be read: {reason(error)}; try again") from error
         return False
 
 
@@ -51,7 +66,8 @@ def read_text(path: Path) -> str | None:
       UserError: it cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        with places.os_errors(path):
+            return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -70,6 +86,9 @@ def replace(path: Path, text: str) -> None:
     with contextlib.suppress(UserError):  # what cannot be read is replaced, too
         if read_text(path) == text:
             return
+    if places.in_bucket(path):
+        _put(path, text)
+        return
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with unfinished.open("w", encoding="utf-8") as file:
@@ -84,6 +103,15 @@ def replace(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
+
+
+def _put(path: Path, text: str) -> None:
+    """Of an object that is the whole of it."""
+    try:
+        with places.os_errors(path):
+            path.write_text(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {reason(error)}; see to the bucket") from error
 
 
 class Evaluations:

@@ -74,9 +74,9 @@ def test_other_forms_are_refused_with_those_that_are_written(name, tmp_path):
 def test_addresses_and_homes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for address in ("gs://bucket/w", "gs:/bucket/w", "https://x.org/w.pth", Path("s3://b/w.pth")):
+    for address in ("gs://", "https://x.org/w.pth", Path("s3://b/w.pth")):
         for attempt in (weights.read, lambda path: weights.write(path, made())):
-            with pytest.raises(UserError, match="is an address: give a path on this machine"):
+            with pytest.raises(UserError, match="is an address, but none of gs://BUCKET/DIR"):
                 attempt(address)
     with pytest.raises(UserError, match="an empty text names no file"):
         weights.read("")

@@ -140,7 +140,7 @@ def test_outputs_in_homes_and_of_other_forms(states, tmp_path, capsys, monkeypat
     said = run(capsys, "~/in.pth", "--output", "~/out.safetensors")
     assert f"sha256   {sha256(tmp_path / 'out.safetensors')}" in said
     assert ".npz is not written" in refused(capsys, "in.pth", "--output", "out.npz")
-    assert "is an address" in refused(capsys, "in.pth", "--output", "gs://bucket/out")
+    assert "is an address" in refused(capsys, "in.pth", "--output", "s3://bucket/out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth", "out.safetensors"]
 
 
