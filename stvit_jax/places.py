@@ -92,7 +92,10 @@ def reach(path: Path) -> None:
 
     def ask() -> None:
         try:
-            answers.append(_epath(bucket).exists())
+            try:
+                answers.append(next(path.iterdir(), None) or True)  # one request
+            except FileNotFoundError:  # the path, or the bucket
+                answers.append(_epath(bucket).exists())
         except Exception as error:
             answers.append(error)
 

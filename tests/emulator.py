@@ -13,6 +13,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 BUCKET = "a-bucket"
 
@@ -48,6 +49,12 @@ class Emulator:
         """As kill -9; `start` goes on with the same objects."""
         self._process.kill()
         self._process.wait()
+
+    def forget(self, address: str) -> None:
+        """Removes an object, as somebody else who uses the bucket does."""
+        bucket, _, name = address.removeprefix("gs://").partition("/")
+        url = f"http://127.0.0.1:{self.port}/storage/v1/b/{bucket}/o/{quote(name, safe='')}"
+        urllib.request.urlopen(urllib.request.Request(url, method="DELETE"), timeout=5).close()
 
     def path(self, address: str) -> Path:
         """The file or folder of an object on this disk: a bucket's content for tests to damage."""
