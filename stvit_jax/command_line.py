@@ -17,7 +17,7 @@ from typing import NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from stvit_jax import places
+from stvit_jax import cluster, places
 from stvit_jax.config import field_names
 from stvit_jax.console import warn
 from stvit_jax.errors import UserError, did_you_mean, one_line, reason
@@ -30,7 +30,8 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or 0
     except UserError as error:
-        warn(f"error: {error}")
+        for words in cluster.last_words(str(error)):
+            warn(f"error: {words}")
         code = 1
     except OSError as error:  # of the system, and nobody below knew more about it
         where = f"{one_line(error.filename)}: " if error.filename else ""
@@ -53,8 +54,12 @@ def _leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def train(argv: Sequence[str], usage: str) -> tuple[ConfigDict, Path]:
-    """The flags of `train.py`: the config, and the absolute workdir, which may be in a bucket.
+def train(argv: Sequence[str], usage: str) -> tuple[ConfigDict, Path, cluster.Membership | None]:
+    """The flags of `train.py`.
+
+    Returns:
+      The config; the absolute workdir, which may be in a bucket; this process's place among
+      several, where that is given.
 
     Raises:
       UserError: a mistake in the command line or in the config file that it names.
@@ -62,10 +67,34 @@ def train(argv: Sequence[str], usage: str) -> tuple[ConfigDict, Path]:
     flags_of = parser("train.py", usage)
     flags_of.add_argument("--config", metavar="configs/NAME.py[:ARG]")
     flags_of.add_argument("--workdir", metavar="DIR", help="of checkpoints and metrics")
+    flags_of.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
+    flags_of.add_argument("--num_processes", metavar="N", type=int, help="on all hosts together")
+    flags_of.add_argument("--process_id", metavar="I", type=int, help="of this one, 0 to N-1")
     known, rest = flags_of.parse_known_args(argv)
     if not known.config or known.workdir is None:
         raise UserError("write: python train.py --config configs/NAME.py --workdir DIR")
-    return read_config(known.config, rest), places.place("--workdir", known.workdir)
+    membership = _membership(known.coordinator_address, known.num_processes, known.process_id)
+    config, workdir = read_config(known.config, rest), places.place("--workdir", known.workdir)
+    return config, workdir, membership
+
+
+def _membership(
+    coordinator: str | None, processes: int | None, process: int | None
+) -> cluster.Membership | None:
+    given = {
+        "--coordinator_address": coordinator,
+        "--num_processes": processes,
+        "--process_id": process,
+    }
+    missing = [flag for flag, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return None
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} must be given, too: {', '.join(given)} go together (none of "
+            "them where SLURM, Open MPI, Kubernetes or a TPU slice starts the processes)"
+        )
+    return cluster.Membership(coordinator, processes, process)
 
 
 def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:

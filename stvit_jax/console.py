@@ -1,7 +1,8 @@
 """What a person sees while a program runs: lines, progress, durations.
 
 A console is unimportant: a closed pipe, a full disk under it or an encoding that lacks a character
-never ends what the lines are about.
+never ends what the lines are about. Of several processes the first one speaks for all; the others
+speak of trouble only, with their number.
 """
 
 import os
@@ -9,15 +10,22 @@ import sys
 import time
 from typing import TextIO
 
-
-def say(message: str) -> None:
-    """One line on standard output."""
-    _write(sys.stdout, message)
+number: int | None = None  # of this process among several, see `cluster`
 
 
-def warn(message: str) -> None:
-    """One line on standard error, for what went wrong and did not end the program."""
-    _write(sys.stderr, message)
+def say(message: str, *, everyone: bool = False) -> None:
+    """One line on standard output, of the first process or, where that matters, of every one."""
+    if everyone or not number:
+        _write(sys.stdout, message)
+
+
+def warn(message: str, *, everyone: bool = True) -> None:
+    """One line on standard error, for what went wrong and did not end the program.
+
+    Of every process, with its number, unless all of them know it.
+    """
+    if everyone or not number:
+        _write(sys.stderr, f"process {number}: {message}" if number else message)
 
 
 def _write(stream: TextIO | None, message: str) -> None:

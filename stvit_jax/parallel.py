@@ -13,8 +13,12 @@ from typing import TYPE_CHECKING, Any
 from stvit_jax.errors import UserError, one_line
 
 if TYPE_CHECKING:
+    import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding
+
+
+COLLECTIVE_PATIENCE = 600  # seconds
 
 
 def prepare(*, x64: bool, deterministic: bool, workdir: Path) -> None:
@@ -35,12 +39,19 @@ def prepare(*, x64: bool, deterministic: bool, workdir: Path) -> None:
     if jax.config.jax_disable_jit:
         raise UserError("JAX_DISABLE_JIT is set, and training needs compiled steps: unset it")
     jax.config.update("jax_enable_x64", x64)
+    # Between processes on CPU; on a GPU a collective that a peer has left would wait for ever.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if "xla_gpu_nccl_termination_timeout_seconds" not in os.environ.get("XLA_FLAGS", ""):
+        _add_flags(f"--xla_gpu_nccl_termination_timeout_seconds={COLLECTIVE_PATIENCE}")
     if deterministic:
-        flags = (
+        _add_flags(
             "--xla_gpu_exclude_nondeterministic_ops=true",
             f"--xla_gpu_per_fusion_autotune_cache_dir={workdir / 'autotuning'}",
         )
-        os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
+
+
+def _add_flags(*flags: str) -> None:
+    os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
 
 
 def make_mesh(batch_size: int, parts: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -114,7 +125,28 @@ def own_slots(batch_size: int, mesh: Mesh) -> np.ndarray:
 
     JAX does not promise that the devices of a process are neighbours.
     """
+    return _slots(batch_size, by_image(mesh))
+
+
+def from_slots(rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """The global array that is split by its leading axis, of which this process has `own_slots`."""
+    import jax
     import numpy as np
 
-    slices = by_image(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return np.unique(np.concatenate([np.arange(batch_size)[part] for (part,) in slices]))
+    devices, own = len(sharding.device_set), len(sharding.addressable_devices)
+    size = len(rows) * devices // own
+    slots = _slots(size, sharding)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(size)
+        first = np.searchsorted(slots, start)
+        return rows[first : first + stop - start]
+
+    return jax.make_array_from_callback((size, *rows.shape[1:]), sharding, part)
+
+
+def _slots(size: int, sharding: NamedSharding) -> np.ndarray:
+    import numpy as np
+
+    slices = sharding.addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[part] for (part,) in slices]))

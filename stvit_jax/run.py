@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import sys
 import time
@@ -16,16 +17,16 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from stvit_jax import parallel, places, schedules, tasks
+from stvit_jax import cluster, parallel, places, schedules, tasks
 from stvit_jax.checkpoints import weights
 from stvit_jax.checkpoints.manager import Checkpoints
 from stvit_jax.config import check_same_recipe, to_json, validate
 from stvit_jax.console import say, warn
-from stvit_jax.data.examples import batch_spec
 from stvit_jax.data.files import allow_many_open
 from stvit_jax.data.loader import eval_batches, train_batches
 from stvit_jax.data.order import Order
 from stvit_jax.data.prefetch import DevicePrefetch, device_prefetch
+from stvit_jax.data.share import Share, share_spec
 from stvit_jax.errors import Interrupted, UserError, listing
 from stvit_jax.models.settings import UNOPTIMIZED
 from stvit_jax.training import loop, optimizer, workdir
@@ -45,8 +46,16 @@ from stvit_jax.training.step import (
 from stvit_jax.training.task import Evaluation, Metrics, Task, Variables
 
 
-def run(config: ConfigDict, where: Path, stop: Stop) -> int:
+def run(
+    config: ConfigDict, where: Path, stop: Stop, membership: cluster.Membership | None = None
+) -> int:
     """Trains, or evaluates, as the config says, in the folder `where`.
+
+    Args:
+      config: as `config.base` has it.
+      where: the workdir.
+      stop: of this process.
+      membership: its place among several, where flags give it.
 
     Returns:
       The exit code: 0 done, 75 stopped early.
@@ -55,18 +64,26 @@ def run(config: ConfigDict, where: Path, stop: Stop) -> int:
       UserError: a mistake in the config, the data or the workdir.
     """
     validate(config)
-    places.reach(where)
-    if config.init_from:
-        places.reach(places.of(config.init_from))
     allow_many_open()  # a checkpoint of a large network and a set in shards have many files
     x64 = config.dtype == "float64"
     parallel.prepare(x64=x64, deterministic=config.deterministic, workdir=where)
-    mesh = parallel.make_mesh(config.batch_size, config.gradient_accumulation)
-    task = tasks.build(config, mesh)
+    cluster.join(membership)
+    if cluster.joined():
+        stop.share()
+    with cluster.together():
+        places.reach(where)
+        if config.init_from:
+            places.reach(places.of(config.init_from))
+        mesh = parallel.make_mesh(config.batch_size, config.gradient_accumulation)
+        task = tasks.build(config, mesh)
+    _check_same_data(task)
     evaluator = Evaluator(task.evaluations, config, mesh, stop)
     if config.eval_only:
-        return _evaluate(config, where, task, evaluator, mesh)
-    return _train(config, where, task, evaluator, mesh, stop)
+        code = _evaluate(config, where, task, evaluator, mesh)
+    else:
+        code = _train(config, where, task, evaluator, mesh, stop)
+    cluster.barrier()  # the first process may still have been writing
+    return code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +150,7 @@ class Evaluator:
         for evaluation in self._evaluations:
             if evaluation.measure not in self._compiled:
                 start = time.monotonic()
-                batch = abstract_batch(batch_spec(evaluation.examples), self._config.batch_size)
+                batch = abstract_batch(share_spec(evaluation.examples), self._config.batch_size)
                 self._compiled[evaluation.measure] = compile_step(
                     evaluation.measure, variables, batch, mesh=self._mesh, donate=False
                 )
@@ -149,13 +166,16 @@ class Evaluator:
         self.compile(variables[RAW])
         metrics: Metrics = {}
         for evaluation in self._evaluations:
-            with contextlib.closing(self._batches(evaluation)) as batches:
+            share = self._batches(evaluation)
+            batches = _prefetched(share, self._mesh, self._stop)
+            with contextlib.closing(batches):
                 metrics |= evaluate(
                     evaluation,
                     self._compiled[evaluation.measure],
                     variables,
                     batches,
-                    lambda: self._stop.requested,
+                    self._stop.reached,
+                    share.agree,
                 )
             if len(self._evaluations) > 1:
                 say(describe(evaluation, metrics))
@@ -165,14 +185,13 @@ class Evaluator:
         """All of it in words."""
         return "; ".join(filter(None, (describe(e, metrics) for e in self._evaluations)))
 
-    def _batches(self, evaluation: Evaluation) -> DevicePrefetch:
+    def _batches(self, evaluation: Evaluation) -> Share:
+        examples, size = evaluation.examples, self._config.batch_size
+        slots = parallel.own_slots(size, self._mesh)
         batches = eval_batches(
-            evaluation.examples,
-            batch_size=self._config.batch_size,
-            slots=parallel.own_slots(self._config.batch_size, self._mesh),
-            workers=self._config.data.workers,
+            examples, batch_size=size, slots=slots, workers=self._config.data.workers
         )
-        return _prefetched(batches, self._mesh, self._stop)
+        return Share(batches, examples, len(slots), -(-len(examples.source) // size))
 
 
 def _train(
@@ -180,7 +199,10 @@ def _train(
 ) -> int:
     plans = Plans.of(config, task)
     plan = plans.plan
-    _open_workdir(config, where, task)
+    with cluster.together():
+        if cluster.is_first():
+            _open_workdir(config, where, task)
+    workdir.check_shared(where)
     say(
         f"{task.what} on {mesh.size} x {mesh.devices.flat[0].device_kind}; "
         f"{task.train.source.name}: {len(task.train.source)} images to train on, "
@@ -190,57 +212,60 @@ def _train(
         config.batch_size, config.group_size, mesh.size, config.gradient_accumulation
     )
     if spanning and not config.freeze_batch_norm:
-        warn(spanning)
+        warn(spanning, everyone=False)
     with contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(where / "checkpoints", keep=config.checkpoint_keep)
-        stack.callback(checkpoints.close)
+        stack.push(partial(_close, checkpoints))
         create = partial(init_state, task.init, plans.tx, ema=config.ema_decay > 0)
         state, notes = _state(config, task, create, checkpoints, mesh)
         step = int(state.step)
         done = workdir.Evaluations(where)
         done.forget_after(step)
-        evaluated = done.of(step) is not None
+        evaluated = bool(cluster.told("yes" if done.of(step) is not None else ""))
         if step > plan.steps or (step == plan.steps and evaluated):
             say(f"nothing left to do: {_result(step, plan, done, evaluator, where)}")
             return 0
-        keep_lines(where, step, evaluated or not plan.evaluates(step))
-        writer = MetricWriter(where)
-        stack.callback(writer.close)
+        writer = None
+        if cluster.is_first():
+            keep_lines(where, step, evaluated or not plan.evaluates(step))
+            writer = MetricWriter(where)
+            stack.callback(writer.close)
         # From here on images are loaded, while the programs are being compiled.
-        batches = _prefetched(
-            train_batches(
-                task.train,
-                plans.order,
-                start=step,
-                slots=parallel.own_slots(config.batch_size, mesh),
-                workers=config.data.workers,
-            ),
-            mesh,
-            stop,
+        slots = parallel.own_slots(config.batch_size, mesh)
+        loaded = train_batches(
+            task.train, plans.order, start=step, slots=slots, workers=config.data.workers
         )
+        share = Share(loaded, task.train, len(slots))
+        batches = _prefetched(share, mesh, stop)
         stack.callback(batches.close)
         evaluator.compile(state.variables)
 
         def evaluate_now(step: int, state: TrainState) -> None:
             averaged = {AVERAGED: state.ema} if state.ema else {}
             metrics = evaluator({RAW: state.variables} | averaged)
-            writer.write(step, plan.epoch(step), metrics)
+            if writer:
+                writer.write(step, plan.epoch(step), metrics)
             done.add(step, metrics)
             say(f"step {step}/{plan.steps}: {evaluator.describe(metrics)}")
 
-        key = jax.device_put(jax.random.key(config.seed), parallel.replicated(mesh))
+        key = jax.jit(
+            partial(jax.random.key, config.seed), out_shardings=parallel.replicated(mesh)
+        )()
         train_step = train_step_of(config, task, plans.tx, mesh)
+        compiled = _compile_train_step(train_step, state, task, key, config, mesh)
+        cluster.barrier()  # one may have compiled for minutes longer, and collectives do not wait
         step = loop.train(
             state,
             batches,
             plan=plan,
-            train_step=_compile_train_step(train_step, state, task, key, config, mesh),
+            train_step=compiled,
             key=key,
             evaluate=evaluate_now,
             evaluated=evaluated,
             meter=Meter(plan, plans.learning_rate, writer, notes),
             checkpoints=checkpoints,
             stop=stop,
+            agree=share.agree,
         )
     if step < plan.steps or done.of(step) is None:
         say(f"stopped at step {step} of {plan.steps}, saved; the same command continues")
@@ -265,9 +290,10 @@ def _evaluate(config: ConfigDict, where: Path, task: Task, evaluator: Evaluator,
         return jax.device_put(variables, parallel.replicated(mesh)), found
 
     variables = {}
-    variables[RAW], found = adopted(config.init_from_ema)
-    if not config.init_from and config.ema_decay:
-        variables[AVERAGED], _ = adopted(True)
+    with cluster.together():
+        variables[RAW], found = adopted(config.init_from_ema)
+        if not config.init_from and config.ema_decay:
+            variables[AVERAGED], _ = adopted(True)
     images = sum(len(e.examples.source) for e in task.evaluations)
     names = ", ".join(e.examples.source.name for e in task.evaluations)
     try:
@@ -285,12 +311,35 @@ def _evaluate(config: ConfigDict, where: Path, task: Task, evaluator: Evaluator,
         say(said)
         return 0
     say(f"{said}; see {where / 'metrics.jsonl'}")
+    if not cluster.is_first():
+        return 0
     with contextlib.closing(MetricWriter(where)) as writer:
         writer.write(found.step or 0, found.epoch or 0.0, metrics, eval_only=True)
     return 0
 
 
-def _prefetched(batches: Any, mesh: Mesh, stop: Stop) -> DevicePrefetch:
+def _close(checkpoints: Checkpoints, kind: type[BaseException] | None, *_: Any) -> None:
+    """Waits for a save in flight; not after what the other processes know nothing of."""
+    if kind is None or issubclass(kind, UserError) or not cluster.joined():
+        checkpoints.close()
+
+
+def _check_same_data(task: Task) -> None:
+    """Sees that the processes have opened the same sets, each from where it has them."""
+    sets = [task.train, *(e.examples for e in task.evaluations)]
+    sizes = ", ".join(f"{len(s.source)} of {s.source.name}" for s in sets if s)
+    names = hashlib.sha256(json.dumps(task.classes).encode()).hexdigest()
+    own = f"{sizes}; classes {names[:12]}"
+    first = cluster.told(own)
+    with cluster.together():
+        if own != first:
+            raise UserError(
+                f"the data here are others than those of process 0 ({own}; there {first}): give "
+                "every host the same"
+            )
+
+
+def _prefetched(batches: Share, mesh: Mesh, stop: Stop) -> DevicePrefetch:
     return device_prefetch(batches, parallel.by_image(mesh), interrupted=lambda: stop.requested)
 
 
@@ -347,7 +396,8 @@ def _state(
         step, state, notes = restored
         say(f"continuing after step {step}")
         return state, notes
-    found = weights.read(config.init_from, config.init_from_ema) if config.init_from else None
+    with cluster.together():
+        found = weights.read(config.init_from, config.init_from_ema) if config.init_from else None
     options = UNOPTIMIZED if jax.default_backend() == "cpu" else None
     state = jax.jit(lambda key: create(key=key), out_shardings=whole, compiler_options=options)(key)
     if found is None:
@@ -368,7 +418,7 @@ def _compile_train_step(
     mesh: Mesh,
 ) -> Callable:
     start = time.monotonic()
-    batch = abstract_batch(batch_spec(task.train), config.batch_size)
+    batch = abstract_batch(share_spec(task.train), config.batch_size)
     compiled = compile_step(train_step, state, batch, key, mesh=mesh, donate=True)
     say(f"compiled the training step in {time.monotonic() - start:.0f} s")
     return compiled

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "stvit_jax"
-GROUND = {"errors", "console", "trees", "parallel", "places"}
+GROUND = {"errors", "console", "trees", "parallel", "places", "cluster"}
 HALL = {"run", "config", "command_line"}
 LEAVES = {"schedules", "torch_weights"}  # of the door, without weight
 WINGS = {"ops", "models", "data", "augment", "checkpoints", "training", "tasks"}
@@ -17,6 +17,7 @@ WINGS = {"ops", "models", "data", "augment", "checkpoints", "training", "tasks"}
 ARROWS = {
     "errors": set(),
     **dict.fromkeys(("console", "trees", "parallel", "places"), {"errors"}),
+    "cluster": {"errors", "console"},
     "config": {"errors", "places"},
     "command_line": {"config"} | GROUND,
     "run": {"tasks", "training", "checkpoints", "data", "config", "models.settings"}
@@ -44,7 +45,7 @@ ARROWS = {
 # A library, and the wings that alone import it.
 LIBRARIES = {
     "flax": {"models", "training.step"},
-    "orbax": {"checkpoints"},
+    "orbax": {"checkpoints", "cluster"},
     "safetensors": {"checkpoints"},
     "torch": {"checkpoints"},
     "grain": {"data"},

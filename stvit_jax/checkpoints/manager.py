@@ -14,15 +14,14 @@ Where this departs from Orbax's own behaviour, and why:
 """
 
 import contextlib
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
-from stvit_jax import places
+from stvit_jax import cluster, places
 from stvit_jax.checkpoints import orbax
 from stvit_jax.checkpoints.digests import describe, forms, leaf_digests
 from stvit_jax.checkpoints.reader import numbered, positions, read_newest
@@ -33,6 +32,7 @@ from stvit_jax.trees import leaves
 PyTree = Any
 
 _FAILURES_IN_A_ROW = 3
+_MOST_LISTED = 100  # checkpoints; older ones do not matter to what follows
 
 
 class Checkpoints:
@@ -55,15 +55,11 @@ class Checkpoints:
         with contextlib.ExitStack() as stack:
             stack.enter_context(orbax.quiet())
             try:
-                if not places.in_bucket(self._directory):
-                    self._directory.mkdir(parents=True, exist_ok=True)
-                    self._probe()
+                with cluster.together():
+                    self._make_directory()
                 self._manager = self._open()
             except OSError as error:
-                raise UserError(
-                    f"checkpoints cannot be kept in {self._directory}: {reason(error)}; "
-                    "make it a directory that can be written, or use another workdir"
-                ) from error
+                raise self._no_place(error) from error
             self._quiet = stack.pop_all()
 
     def save(self, position: int, state: PyTree, notes: dict[str, Any] | None = None) -> None:
@@ -94,10 +90,9 @@ class Checkpoints:
                 f"{self._directory} {before}; lower learning_rate or look at the data, then start "
                 "again"
             )
+        fault = ""
         try:
-            if not places.in_bucket(self._directory) and not self._directory.exists():
-                self._directory.mkdir(parents=True)
-                warn(f"{self._directory} had vanished with all checkpoints; it is made anew")
+            self._restore_directory()
             self._manager.reload()  # it believes in what it has seen before
             self._manager.save(
                 position,
@@ -108,7 +103,9 @@ class Checkpoints:
                 force=True,
             )
         except Exception as error:  # OSError, ValueError, RuntimeError: whatever the writers meet
-            self._failed(position, error)
+            fault = orbax.why(error)
+        if fault := _first(cluster.gather(fault)):
+            self._failed(position, fault)
         else:
             self._in_flight = position
 
@@ -133,12 +130,16 @@ class Checkpoints:
         """
         if self._in_flight is not None:
             position, self._in_flight = self._in_flight, None
+            fault = ""
             try:
                 self._manager.wait_until_finished()
-                if position not in self._on_disk():
-                    raise OSError("it was not committed")
             except Exception as error:
-                self._failed(position, error)
+                fault = orbax.why(error)
+            fault = _first(cluster.gather(fault))
+            if not fault and position not in self._on_disk():
+                fault = "it was not committed"
+            if fault:
+                self._failed(position, fault)
             else:
                 self._failures = 0
         return max(self._on_disk(), default=None)
@@ -199,21 +200,41 @@ class Checkpoints:
         with places.os_errors(self._directory):
             return orbax.manager(self._directory, self._keep)
 
-    def _probe(self) -> None:
-        """Raises OSError where nothing can be written; what it writes has no name, so it leaves."""
-        with tempfile.TemporaryFile(dir=self._directory, buffering=0) as file:
-            file.write(b" ")
+    def _make_directory(self) -> None:
+        """Raises UserError where nothing can be written; what it writes to see that has no name."""
+        if places.in_bucket(self._directory) or not cluster.is_first():
+            return
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._directory, buffering=0) as file:
+                file.write(b" ")
+        except OSError as error:
+            raise self._no_place(error) from error
+
+    def _no_place(self, error: OSError) -> UserError:
+        return UserError(
+            f"checkpoints cannot be kept in {self._directory}: {reason(error)}; make it a "
+            "directory that can be written, or use another workdir"
+        )
+
+    def _restore_directory(self) -> None:
+        if places.in_bucket(self._directory) or not cluster.is_first():
+            return
+        if not self._directory.exists():
+            self._directory.mkdir(parents=True)
+            warn(f"{self._directory} had vanished with all checkpoints; it is made anew")
 
     def _on_disk(self) -> list[int]:
-        """What can be looked up; where that fails, the next save does, and says why."""
-        try:
-            return positions(self._directory)
-        except UserError:
-            return []
+        """The newest that can be looked up; where that fails, the next save does, and says why."""
+        found: list[int] = []
+        if cluster.is_first():
+            with contextlib.suppress(UserError):
+                found = positions(self._directory)[:_MOST_LISTED]
+        return json.loads(cluster.told(json.dumps(found)))
 
     def _remove_leftovers(self) -> None:
         """What killed and failed saves wrote; nothing may be in flight."""
-        if jax.process_index() != 0:
+        if not cluster.is_first():
             return
         if not places.in_bucket(self._directory):
             for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
@@ -228,7 +249,7 @@ class Checkpoints:
                     warn(f"{path} was never finished ({orbax.COMMITTED} is missing): removed")
                     places.remove_tree(path)
 
-    def _failed(self, position: int, error: Exception) -> None:
+    def _failed(self, position: int, why: str) -> None:
         self._failures += 1
         # A new manager starts clean and counts as old checkpoints only what is on disk. Where even
         # that fails, the next save does, and tries again.
@@ -239,17 +260,24 @@ class Checkpoints:
         if self._failures == _FAILURES_IN_A_ROW:
             raise UserError(
                 f"{_FAILURES_IN_A_ROW} saves in a row failed in {self._directory}, the last at "
-                f"batch {position}: {orbax.why(error)}; free some space there, or make it a "
-                "directory that can be written, then start again"
-            ) from error
+                f"batch {position}: {why}; free some space there, or make it a directory that can "
+                "be written, then start again"
+            )
         newest = max(self._on_disk(), default=None)
         left = "no other is there" if newest is None else f"the one of batch {newest} is in place"
-        warn(f"checkpoint of batch {position} was not saved: {orbax.why(error)}; going on, {left}")
+        said = f"checkpoint of batch {position} was not saved: {why}; going on, {left}"
+        warn(said, everyone=False)
 
     def _set_aside(self, damaged: list[int]) -> None:
         # Beside, not inside: whoever lists DIRECTORY finds checkpoints only.
         aside = self._directory.parent / f"{self._directory.name}-damaged"
-        if jax.process_index() == 0:
+        with cluster.together():
+            self._move(damaged, aside)
+        self._manager.reload()
+        warn(f"damaged checkpoints were moved to {aside}", everyone=False)
+
+    def _move(self, damaged: list[int], aside: Path) -> None:
+        if cluster.is_first():
             try:
                 aside.mkdir(exist_ok=True)
                 for position in damaged:
@@ -264,9 +292,11 @@ class Checkpoints:
                     f"damaged checkpoints cannot be moved to {aside}: {reason(error)}; move them "
                     "away, so that their positions can be saved again"
                 ) from error
-        multihost_utils.sync_global_devices("stvit_jax.checkpoints: damaged ones set aside")
-        self._manager.reload()
-        warn(f"damaged checkpoints were moved to {aside}")
+
+
+def _first(faults: list[str]) -> str:
+    """What the first process that met a fault says of it; empty where none did."""
+    return next(filter(None, faults), "")
 
 
 def _differences(saved: dict[str, str], wanted: dict[str, str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import re
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from stvit_jax import places
+from stvit_jax import cluster, places
 from stvit_jax.checkpoints import files, orbax
 from stvit_jax.checkpoints.digests import DamagedError, check, leaf_digests
 from stvit_jax.console import warn
@@ -24,6 +25,7 @@ PyTree = Any
 Select = Callable[[Path, dict[str, str]], PyTree]
 
 # What the system refuses, or has no room for, says nothing about the checkpoint.
+_MOST_TRIED = 100  # of a run's newest checkpoints
 _NOT_DAMAGE = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
@@ -88,12 +90,18 @@ def read_newest(directory: Path, select: Select) -> Found | None:
       UserError: from `select`, of another version of the program, not to be read, or none is sound.
     """
     damaged: list[int] = []
-    for position in positions(directory):
-        try:
-            return Found(position, *read_at(directory, position, select), damaged)
-        except DamagedError as error:
-            warn(str(error))
-            damaged.append(position)
+    for position in _agreed_positions(directory):
+        fault, read = "", None
+        with cluster.together():
+            try:
+                read = read_at(directory, position, select)
+            except DamagedError as error:
+                fault = str(error)
+        faults = cluster.gather(fault)  # one process is enough
+        if read and not any(faults):
+            return Found(position, *read, damaged)
+        warn(next(filter(None, faults)), everyone=False)
+        damaged.append(position)
     if damaged:
         # Starting over is for the user to decide: the files may still be worth something.
         raise UserError(
@@ -101,6 +109,14 @@ def read_newest(directory: Path, select: Select) -> Found | None:
             "to start from the beginning"
         )
     return None
+
+
+def _agreed_positions(directory: Path) -> list[int]:
+    found: list[int] = []
+    with cluster.together():
+        if cluster.is_first():
+            found = positions(directory)[:_MOST_TRIED]
+    return json.loads(cluster.told(json.dumps(found)))
 
 
 def read_at(directory: Path, position: int, select: Select) -> tuple[PyTree, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Batches on the devices ahead of their use. JAX is imported where it is used, and only here."""
+"""Batches on the devices ahead of their use."""
 
 import contextlib
 import gc
@@ -8,15 +8,17 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from stvit_jax import parallel
 from stvit_jax.data.loader import Batches
 from stvit_jax.data.processes import PATIENCE
+from stvit_jax.data.share import Share
 from stvit_jax.errors import Interrupted
 
 POLL = 0.1  # seconds
 
 
 def device_prefetch(
-    batches: Batches,
+    batches: Batches | Share,
     sharding: Any,
     *,
     interrupted: Callable[[], bool] = lambda: False,
@@ -44,7 +46,7 @@ class DevicePrefetch(Iterator[dict[str, Any]]):
     """See `device_prefetch`."""
 
     def __init__(
-        self, batches: Batches, sharding: Any, interrupted: Callable[[], bool], size: int
+        self, batches: Batches | Share, sharding: Any, interrupted: Callable[[], bool], size: int
     ) -> None:
         self._interrupted = interrupted
         self._queue: queue.Queue = queue.Queue(size)
@@ -71,17 +73,14 @@ class DevicePrefetch(Iterator[dict[str, Any]]):
         raise StopIteration
 
 
-def _put_ahead(batches: Batches, sharding: Any, out: queue.Queue, stop: threading.Event) -> None:
+def _put_ahead(
+    batches: Batches | Share, sharding: Any, out: queue.Queue, stop: threading.Event
+) -> None:
     error: BaseException | None = None
     while error is None and not stop.is_set():
         item = None
         try:
-            import jax
-
-            item = {
-                key: jax.make_array_from_process_local_data(sharding, array)
-                for key, array in next(batches).items()
-            }
+            item = {k: parallel.from_slots(rows, sharding) for k, rows in next(batches).items()}
         except BaseException as raised:  # StopIteration too: it ends the iteration over there
             if not stop.is_set():  # then nobody asks any more
                 error = raised
@@ -91,7 +90,7 @@ def _put_ahead(batches: Batches, sharding: Any, out: queue.Queue, stop: threadin
                 break
 
 
-def _stop_ahead(batches: Batches, stop: threading.Event, thread: threading.Thread) -> None:
+def _stop_ahead(batches: Batches | Share, stop: threading.Event, thread: threading.Thread) -> None:
     stop.set()
     if thread is not threading.current_thread():  # the garbage collector runs in any thread
         batches.close()

@@ -18,6 +18,7 @@ def evaluate(
     variables: dict[str, Variables],
     batches: Iterable[Batch],
     interrupted: Callable[[], bool],
+    agree: Callable[[], None],
 ) -> Metrics:
     """Metrics of one or more sets of weights in one pass over the data.
 
@@ -26,7 +27,8 @@ def evaluate(
       measure: its `measure`, compiled.
       variables: suffix (`RAW`, `AVERAGED`) to network variables.
       batches: of the whole data set, padded and masked.
-      interrupted: whether to end early.
+      interrupted: whether to end early; asked before every batch.
+      agree: called after the last batch; raises where another process has met a fault.
 
     Returns:
       `NAME/METRIC` for every suffix and metric.
@@ -49,6 +51,7 @@ def evaluate(
         waiting = measured
         progress.update(min(seen := seen + len(batch["mask"]), size))
     _join(evaluation, joined, waiting)
+    agree()
     return {
         f"{evaluation.name}{suffix}/{key}": value
         for suffix, total in joined.items()

@@ -7,7 +7,7 @@ import jax
 
 from stvit_jax.checkpoints.manager import Checkpoints
 from stvit_jax.errors import Interrupted, UserError
-from stvit_jax.training.meter import Meter, Plan
+from stvit_jax.training.meter import Meter, NothingLearned, Plan
 from stvit_jax.training.signals import Stop
 from stvit_jax.training.step import TrainState, TrainStep
 from stvit_jax.training.task import Batch
@@ -25,6 +25,7 @@ def train(
     meter: Meter,
     checkpoints: Checkpoints,
     stop: Stop,
+    agree: Callable[[], None],
 ) -> int:
     """Trains from `state` to the end of the plan, or until `stop`; saves what it leaves with.
 
@@ -39,6 +40,7 @@ def train(
       meter: takes the metrics.
       checkpoints: takes the states.
       stop: ends the run after a step.
+      agree: raises, in all processes, the fault of the data that one of them has met.
 
     Returns:
       The step that it ended with.
@@ -68,7 +70,7 @@ def train(
         if plan.evaluates(step) and not evaluated:
             of_data(evaluate, step, state)
             meter.restart_clock(step)
-        while step < plan.steps and not stop.requested:
+        while step < plan.steps and not stop.reached():
             of_data(meter.check_unreadable)
             batch = of_data(next, batches)
             state, metrics = train_step(state, batch, key)
@@ -85,7 +87,11 @@ def train(
                 meter.report_up_to(step)
                 of_data(evaluate, step, state)
                 meter.restart_clock(step)
+        meter.report_up_to(step)
     except Interrupted:
         pass  # by `stop`, while waiting
+    except NothingLearned as found:  # and nothing after it
+        step = found.step - 1
+        of_data(agree)
     save_last()
     return step

@@ -39,6 +39,14 @@ class Plan:
         return step / self.steps_per_epoch
 
 
+class NothingLearned(Exception):
+    """The first step whose batch was a process's stand-in for data that failed."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
+
+
 _OWN = ("loss", "gradient_norm", "unreadable")  # of the step; the rest are the objective's
 
 
@@ -46,9 +54,16 @@ class Meter:
     """The metrics of steps, which wait on the device until somebody looks."""
 
     def __init__(
-        self, plan: Plan, learning_rate: Schedule, writer: MetricWriter, notes: dict[str, Any]
+        self,
+        plan: Plan,
+        learning_rate: Schedule,
+        writer: MetricWriter | None,
+        notes: dict[str, Any],
     ) -> None:
-        """`notes` are those of the checkpoint that the run goes on from: counts go on, too."""
+        """Without a `writer` nothing is written: another process does.
+
+        `notes` are those of the checkpoint that the run goes on from: counts go on, too.
+        """
         self._plan, self._learning_rate, self._writer = plan, learning_rate, writer
         self._waiting: dict[int, dict[str, jax.Array]] = {}
         self._unreadable = int(notes.get("unreadable", 0))
@@ -58,7 +73,8 @@ class Meter:
 
     def notes(self, step: int) -> dict[str, Any]:
         """What a checkpoint of a step has to keep; the lines up to it are to be there before it."""
-        self._writer.flush()
+        if self._writer:
+            self._writer.flush()
         return {"unreadable": self._unreadable, "epoch": round(self._plan.epoch(step), 4)}
 
     def restart_clock(self, step: int) -> None:
@@ -74,9 +90,13 @@ class Meter:
 
         Raises:
           UserError: a loss is not finite.
+          NothingLearned: from a step on, because the data of some process had failed.
         """
         due = sorted(step for step in self._waiting if step <= last)
         for step, metrics in jax.device_get([(s, self._waiting.pop(s)) for s in due]):
+            if metrics.pop("fault", False):
+                self._waiting.clear()
+                raise NothingLearned(step)
             if not math.isfinite(metrics["loss"]):
                 raise UserError(self._not_finite(step, metrics))
             self._unreadable += int(metrics["unreadable"])
@@ -109,7 +129,8 @@ class Meter:
         }
         if self._unreadable:
             line["train/unreadable"] = self._unreadable
-        self._writer.write(step, self._plan.epoch(step), line)
+        if self._writer:
+            self._writer.write(step, self._plan.epoch(step), line)
         left = (self._plan.steps - step) * self._plan.batch_size / speed
         unreadable = f"  {self._unreadable} images did not decode" if self._unreadable else ""
         say(

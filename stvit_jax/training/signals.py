@@ -1,9 +1,13 @@
-"""Stopping when a signal asks for it, in one process.
+"""Stopping when a signal asks for it, in one process or in all of them at the same step.
 
 Python runs signal handlers between two of its own instructions, so a handler waits for as long as a
 compilation lasts. Here the C-level handler writes the signal's number into a pipe and a thread
 reads it at once: before training has begun there is nothing to lose and the thread ends the
 process; later it sets a flag, and the loop saves and returns. A second signal ends at once.
+
+Among several processes SIGTERM is left to JAX's own notifier, which tells all of them and has them
+agree on a step; the other signals are turned into it. Nothing ends such a process at once, while
+it compiles for example: the others would wait for it.
 
 Imports nothing heavy: `train.py` calls `install` before it imports anything else.
 """
@@ -36,10 +40,29 @@ class Stop:
     def __init__(self) -> None:
         self._requested = threading.Event()
         self._armed = threading.Event()
+        self._shared = False
+        self._asked, self._agreed = 0, False
 
     @property
     def requested(self) -> bool:
-        return self._requested.is_set()
+        """Whether this process may act on a request by itself: never where there are others."""
+        return self._requested.is_set() and not self._shared
+
+    def share(self) -> None:
+        """From now on all processes stop together; after they have joined."""
+        self._shared = True
+        self.arm()
+
+    def reached(self) -> bool:
+        """Whether to stop here. All processes ask equally often, and all get the same answer."""
+        if not self._shared:
+            return self.requested
+        if not self._agreed:
+            from jax.experimental import multihost_utils
+
+            self._asked += 1
+            self._agreed = multihost_utils.reached_preemption_sync_point(self._asked)
+        return self._agreed
 
     def arm(self) -> None:
         """From now on there is something to save: a signal sets `requested` and nothing else."""
@@ -52,7 +75,11 @@ class Stop:
         self._requested.set()
         if not self._armed.is_set():
             _exit(STOPPED, f"{name}: stopped before the first step; the same command continues")
-        warn(f"{name}: saving after this step (once more: stop at once)")
+        if self._shared:
+            warn(f"{name}: all processes stop after a step that they agree on")
+            os.kill(os.getpid(), signal.SIGTERM)  # for JAX's notifier
+        else:
+            warn(f"{name}: saving after this step (once more: stop at once)")
 
 
 def install() -> Stop:

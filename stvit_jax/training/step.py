@@ -1,6 +1,7 @@
 """The state of training, and the pure functions that make and change it."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -75,6 +76,7 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
+        before = state
         prepare_key, objective_key = step_keys(key, state.step)
         rows = {"row": jnp.arange(batch["unreadable"].shape[0])}
         (loss, (batch_stats, scalars)), grads = gradients(
@@ -95,6 +97,11 @@ def make_train_step(
             state = state.replace(
                 ema=optimizer.update_average(state.ema, state.variables, ema_decay)
             )
+        if "fault" in batch:
+            # The share of a process whose data have failed: nothing is learned from such a batch.
+            fault = jnp.any(batch["fault"])
+            state = jax.tree.map(partial(jnp.where, fault), before, state)
+            scalars = scalars | {"fault": fault}
         metrics = {
             "loss": loss,
             "gradient_norm": optax.tree.norm(grads),

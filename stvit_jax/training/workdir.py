@@ -8,15 +8,19 @@ The folder may be one in a bucket, see `places`.
 import contextlib
 import json
 import os
+import secrets
+import socket
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from stvit_jax import places
+from stvit_jax import cluster, places
 from stvit_jax.console import warn
 from stvit_jax.errors import UserError, one_line, reason
 
 CONFIG, CLASSES, EVALUATIONS = "config.json", "classes.json", "evaluations.json"
+SHARED_WITHIN = 15  # seconds: file systems of networks show what is new a little later
 
 
 def make(workdir: Path) -> None:
@@ -41,6 +45,35 @@ def make(workdir: Path) -> None:
             f"--workdir {workdir} cannot be written: {reason(error)}; make room or permissions "
             "there, or use another one"
         ) from error
+
+
+def check_shared(workdir: Path) -> None:
+    """Sees that all processes mean the same folder; after `make`.
+
+    Raises:
+      UserError: one of them does not find there what process 0 has written.
+    """
+    if not cluster.joined():
+        return
+    first = cluster.told(f"{secrets.token_hex(8)} {socket.gethostname()}")
+    token, _, host = first.partition(" ")
+    probe = workdir / f".shared-{token}"
+    with cluster.together():
+        if cluster.is_first():
+            replace(probe, token)
+    with cluster.together():
+        deadline = time.monotonic() + SHARED_WITHIN
+        while read_text(probe) != token:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{workdir} is not the same folder on {socket.gethostname()} as on {host}, "
+                    "where process 0 runs: give all processes one that they share, on a file "
+                    "system that is mounted everywhere or in a bucket (gs://)"
+                )
+            time.sleep(0.5)
+    if cluster.is_first():
+        with contextlib.suppress(OSError), places.os_errors(probe):
+            probe.unlink()
 
 
 def has_checkpoints(workdir: Path) -> bool:
@@ -140,6 +173,7 @@ class Evaluations:
         """Notes an evaluation; where that fails, it is made again after a restart."""
         self._by_step[str(step)] = metrics
         try:
-            replace(self._path, json.dumps(self._by_step, indent=1) + "\n")
+            if cluster.is_first():
+                replace(self._path, json.dumps(self._by_step, indent=1) + "\n")
         except UserError as error:
             warn(f"{error}; the evaluation of step {step} is made again after a restart")
