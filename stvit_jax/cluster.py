@@ -99,7 +99,7 @@ def join(membership: Membership | None) -> None:
                 f"--num_processes {membership.processes}: give the same number to all"
             )
         console.number = jax.process_index()
-        barrier()
+        barrier(JOINING)
     console.say(
         f"process {jax.process_index()} of {jax.process_count()}: {jax.local_device_count()} of "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -184,22 +184,26 @@ def agree_on(fault: UserError | None) -> None:
             raise UserError(f"process {process}: {text}")
 
 
-def last_words(fault: str) -> list[str]:
-    """What this process has to say of the error that ends it: one of them tells what all know."""
+def tell(fault: str) -> None:
+    """Tells of the error that ends this process: what all of them end with, one tells.
+
+    Does not return where this one ends alone: an orderly exit would wait for the others.
+    """
     if not joined():
-        return [fault]
+        console.warn(f"error: {fault}")
+        return
     import orbax.checkpoint as ocp
 
-    try:  # the others may be waiting somewhere else, and never come
+    try:
         wait = ocp.multihost.get_barrier_sync_fn()
         wait(key="stvit_jax/end", timeout_ms=ENDING * 1000)
     except RuntimeError:
-        return [fault]
+        console.warn(f"error: {fault}")
+        os._exit(1)
     faults = gather(fault)
-    if not is_first():
-        return []
     more = (f"process {i}: {text}" for i, text in enumerate(faults) if text not in fault)
-    return [fault, *dict.fromkeys(more)]
+    for words in dict.fromkeys([fault, *more]):
+        console.warn(f"error: {words}", everyone=False)
 
 
 def _of_flags(membership: Membership) -> dict[str, Any] | None:

@@ -30,8 +30,7 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or 0
     except UserError as error:
-        for words in cluster.last_words(str(error)):
-            warn(f"error: {words}")
+        cluster.tell(str(error))
         code = 1
     except OSError as error:  # of the system, and nobody below knew more about it
         where = f"{one_line(error.filename)}: " if error.filename else ""

@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 # A narrow network: what is tested is the program around it.
@@ -29,7 +32,7 @@ class Program:
 
     def __init__(
         self,
-        workdir: Path,
+        workdir: str | Path,
         *flags: str,
         config: str = "configs/digits.py",
         tensorflow: bool = False,
@@ -60,6 +63,12 @@ class Program:
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
+    def limit_files(self, size: int | None) -> None:
+        """Lets it write no file beyond so many bytes; None: any."""
+        _, hard = resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE)
+        limit = hard if size is None else size
+        resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (limit, hard))
+
     def children(self) -> list[int]:
         """Ids of the processes that it has started."""
         pid = self._process.pid
@@ -70,6 +79,39 @@ class Program:
         output, _ = self._process.communicate(timeout=timeout)
         self.output += output
         return self._process.returncode
+
+
+class Processes:
+    """Several runs of train.py that are one: as on so many hosts, two devices each."""
+
+    def __init__(
+        self,
+        count: int,
+        workdir: str | Path,
+        *flags: str,
+        own: dict[int, list[str]] | None = None,
+        **options: Any,
+    ) -> None:
+        """`own` are flags of single processes, by number."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        joining = [f"--coordinator_address={address}", f"--num_processes={count}"]
+        options = {"devices": 2} | options
+        self.programs = [
+            Program(
+                workdir, *flags, *joining, f"--process_id={i}", *(own or {}).get(i, []), **options
+            )
+            for i in range(count)
+        ]
+
+    def wait(self, timeout: float = 300) -> list[int]:
+        """The exit codes."""
+        return [program.wait(timeout) for program in self.programs]
+
+    @property
+    def output(self) -> str:
+        return "\n".join(program.output for program in self.programs)
 
 
 def metrics(workdir: Path) -> list[dict]:

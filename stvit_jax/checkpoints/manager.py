@@ -16,6 +16,7 @@ Where this departs from Orbax's own behaviour, and why:
 import contextlib
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ _MOST_LISTED = 100  # checkpoints; older ones do not matter to what follows
 class Checkpoints:
     """The checkpoints of one run, at most `keep` of them, newest first on restore.
 
-    For one thread; with several processes every method is called by all of them. While it is
-    open, Orbax's own log lines are dropped.
+    For one thread; with several processes every method is called by all of them, and the first,
+    which has all of the replicated state, writes. While it is open, Orbax's own log lines are
+    dropped.
     """
 
     def __init__(self, directory: str | Path, *, keep: int) -> None:
@@ -52,14 +54,11 @@ class Checkpoints:
         self._keep = keep
         self._in_flight: int | None = None  # position of the save that is not yet checked
         self._failures = 0
+        self._manager: ocp.CheckpointManager | None = None  # where it is written
         with contextlib.ExitStack() as stack:
             stack.enter_context(orbax.quiet())
-            try:
-                with cluster.together():
-                    self._make_directory()
-                self._manager = self._open()
-            except OSError as error:
-                raise self._no_place(error) from error
+            with cluster.together():
+                self._begin()
             self._quiet = stack.pop_all()
 
     def save(self, position: int, state: PyTree, notes: dict[str, Any] | None = None) -> None:
@@ -78,7 +77,6 @@ class Checkpoints:
             checkpoints stay), or three saves in a row have failed.
         """
         newest = self.wait()
-        self._remove_leftovers()
         if position in self._on_disk():
             return
         digests, non_finite = leaf_digests(state)
@@ -90,21 +88,8 @@ class Checkpoints:
                 f"{self._directory} {before}; lower learning_rate or look at the data, then start "
                 "again"
             )
-        fault = ""
-        try:
-            self._restore_directory()
-            self._manager.reload()  # it believes in what it has seen before
-            self._manager.save(
-                position,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(state),
-                    meta=ocp.args.JsonSave(describe(position, state, digests, notes or {})),
-                ),
-                force=True,
-            )
-        except Exception as error:  # OSError, ValueError, RuntimeError: whatever the writers meet
-            fault = orbax.why(error)
-        if fault := _first(cluster.gather(fault)):
+        meta = describe(position, state, digests, notes or {})
+        if fault := self._attempt(lambda manager: self._write(manager, position, state, meta)):
             self._failed(position, fault)
         else:
             self._in_flight = position
@@ -130,12 +115,7 @@ class Checkpoints:
         """
         if self._in_flight is not None:
             position, self._in_flight = self._in_flight, None
-            fault = ""
-            try:
-                self._manager.wait_until_finished()
-            except Exception as error:
-                fault = orbax.why(error)
-            fault = _first(cluster.gather(fault))
+            fault = self._attempt(ocp.CheckpointManager.wait_until_finished)
             if not fault and position not in self._on_disk():
                 fault = "it was not committed"
             if fault:
@@ -193,36 +173,53 @@ class Checkpoints:
             try:
                 self.wait()
             finally:
-                self._manager.close()
+                if self._manager:
+                    self._manager.close()
+
+    def _begin(self) -> None:
+        if not cluster.is_first():
+            return
+        try:
+            if not places.in_bucket(self._directory):
+                self._directory.mkdir(parents=True, exist_ok=True)
+                self._probe()
+            self._manager = self._open()
+        except OSError as error:
+            raise UserError(
+                f"checkpoints cannot be kept in {self._directory}: {reason(error)}; "
+                "make it a directory that can be written, or use another workdir"
+            ) from error
 
     def _open(self) -> ocp.CheckpointManager:
         self._remove_leftovers()
         with places.os_errors(self._directory):
             return orbax.manager(self._directory, self._keep)
 
-    def _make_directory(self) -> None:
-        """Raises UserError where nothing can be written; what it writes to see that has no name."""
-        if places.in_bucket(self._directory) or not cluster.is_first():
-            return
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._directory, buffering=0) as file:
-                file.write(b" ")
-        except OSError as error:
-            raise self._no_place(error) from error
+    def _probe(self) -> None:
+        """Raises OSError where nothing can be written; what it writes has no name, so it leaves."""
+        with tempfile.TemporaryFile(dir=self._directory, buffering=0) as file:
+            file.write(b" ")
 
-    def _no_place(self, error: OSError) -> UserError:
-        return UserError(
-            f"checkpoints cannot be kept in {self._directory}: {reason(error)}; make it a "
-            "directory that can be written, or use another workdir"
-        )
-
-    def _restore_directory(self) -> None:
-        if places.in_bucket(self._directory) or not cluster.is_first():
-            return
-        if not self._directory.exists():
+    def _write(
+        self, manager: ocp.CheckpointManager, position: int, state: PyTree, meta: dict[str, Any]
+    ) -> None:
+        self._remove_leftovers()
+        if not places.in_bucket(self._directory) and not self._directory.exists():
             self._directory.mkdir(parents=True)
             warn(f"{self._directory} had vanished with all checkpoints; it is made anew")
+        manager.reload()  # it believes in what it has seen before
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
+        manager.save(position, args=args, force=True)
+
+    def _attempt(self, act: Callable[[ocp.CheckpointManager], Any]) -> str:
+        """What went wrong where it is written, in the first process; empty where nothing did."""
+        fault = ""
+        if self._manager:
+            try:
+                act(self._manager)
+            except Exception as error:  # whatever the writers meet
+                fault = orbax.why(error)
+        return cluster.told(fault)
 
     def _on_disk(self) -> list[int]:
         """The newest that can be looked up; where that fails, the next save does, and says why."""
@@ -234,8 +231,6 @@ class Checkpoints:
 
     def _remove_leftovers(self) -> None:
         """What killed and failed saves wrote; nothing may be in flight."""
-        if not cluster.is_first():
-            return
         if not places.in_bucket(self._directory):
             for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
                 # The threads of a save that failed a moment ago may still be writing there. Orbax's
@@ -253,10 +248,11 @@ class Checkpoints:
         self._failures += 1
         # A new manager starts clean and counts as old checkpoints only what is on disk. Where even
         # that fails, the next save does, and tries again.
-        with contextlib.suppress(Exception):
-            self._manager.close()
-        with contextlib.suppress(OSError):
-            self._manager = self._open()
+        if self._manager:
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            with contextlib.suppress(OSError):
+                self._manager = self._open()
         if self._failures == _FAILURES_IN_A_ROW:
             raise UserError(
                 f"{_FAILURES_IN_A_ROW} saves in a row failed in {self._directory}, the last at "
@@ -272,31 +268,26 @@ class Checkpoints:
         # Beside, not inside: whoever lists DIRECTORY finds checkpoints only.
         aside = self._directory.parent / f"{self._directory.name}-damaged"
         with cluster.together():
-            self._move(damaged, aside)
-        self._manager.reload()
+            if self._manager:
+                self._move(damaged, aside)
+                self._manager.reload()
         warn(f"damaged checkpoints were moved to {aside}", everyone=False)
 
     def _move(self, damaged: list[int], aside: Path) -> None:
-        if cluster.is_first():
-            try:
-                aside.mkdir(exist_ok=True)
-                for position in damaged:
-                    target, copies = aside / str(position), 0
-                    while target.exists():
-                        copies += 1
-                        target = aside / f"{position}.{copies}"
-                    path = self._directory / str(position)
-                    places.move_tree(path, target, first=orbax.COMMITTED)
-            except OSError as error:
-                raise UserError(
-                    f"damaged checkpoints cannot be moved to {aside}: {reason(error)}; move them "
-                    "away, so that their positions can be saved again"
-                ) from error
-
-
-def _first(faults: list[str]) -> str:
-    """What the first process that met a fault says of it; empty where none did."""
-    return next(filter(None, faults), "")
+        try:
+            aside.mkdir(exist_ok=True)
+            for position in damaged:
+                target, copies = aside / str(position), 0
+                while target.exists():
+                    copies += 1
+                    target = aside / f"{position}.{copies}"
+                path = self._directory / str(position)
+                places.move_tree(path, target, first=orbax.COMMITTED)
+        except OSError as error:
+            raise UserError(
+                f"damaged checkpoints cannot be moved to {aside}: {reason(error)}; move them "
+                "away, so that their positions can be saved again"
+            ) from error
 
 
 def _differences(saved: dict[str, str], wanted: dict[str, str]) -> list[str]:

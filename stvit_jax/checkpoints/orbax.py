@@ -22,7 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
-from stvit_jax import places
+from stvit_jax import cluster, places
 from stvit_jax.errors import one_line
 
 _ORBAX = str(Path(ocp.__file__).parent)
@@ -42,8 +42,13 @@ def manager(directory: Path, keep: int) -> ocp.CheckpointManager:
     """Saves `state` and `meta` in the background, and keeps the newest."""
     # Orbax removes old ones only after the new one is committed.
     policy = ocp.checkpoint_managers.LatestN(n=keep)
+    # Alone among several processes: where one fails, others would wait for it in Orbax's barriers.
+    alone = ocp.options.MultiprocessingOptions(active_processes={0}) if cluster.joined() else None
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy, async_options=_in_the_foreground()
+        preservation_policy=policy,
+        async_options=_in_the_foreground(),
+        create=False,
+        **({"multiprocessing_options": alone} if alone else {}),
     )
     registry = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False))

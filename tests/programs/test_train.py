@@ -21,6 +21,7 @@ from stvit_jax.data.sources import open_source
 from stvit_jax.models import settings
 from tests.mini_sets import picture
 from tests.program import NARROW, Program, digests, metrics, values
+from tests.records import Corrupted
 
 STEPS = 30  # an epoch has 22
 WORKER = "--config.data.workers=1"  # as the config has it; most runs do without, to start sooner
@@ -230,23 +231,19 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(start, str
 def test_a_corrupt_record_is_named_and_costs_no_step(start, straight, digits_dir, tmp_path):
     """The steps before it are saved; with the file restored, the run ends as if it was sound."""
     shutil.copytree(digits_dir, tmp_path / "data")
-    source = open_source("tfds", "digits", str(tmp_path / "data"), train=True)
-    order = Order(len(source), 64, repeats=1)
-    (index, *_), _ = order.images(0, order.positions(12, np.arange(64)))
-    file, record = source.where(index).split(", record ")
-    sound = Path(file).read_bytes()
-    damaged = bytearray(sound)
-    damaged[sound.index(source[index]["image"]) + 40] ^= 4
-    Path(file).write_bytes(damaged)
+    order = Order(1437, 64, repeats=1)
+    corrupted = Corrupted(tmp_path / "data", order, batch=12, slot=0)
 
     where = f"--config.data.dir={tmp_path / 'data'}"
     program = start(tmp_path / "run", WORKER, where)
     assert program.wait() == 1
     assert "Traceback" not in program.output
     (line,) = (line for line in program.output.splitlines() if line.startswith("error: "))
-    assert f"{file}, record {record} cannot be read, the file is damaged" in line
+    assert (
+        f"{corrupted.file}, record {corrupted.record} cannot be read, the file is damaged" in line
+    )
     assert line.endswith("Step 12 is saved, the same command continues")
-    Path(file).write_bytes(sound)
+    corrupted.mend()
     program = start(tmp_path / "run", where)
     assert program.wait() == 0, program.output
     assert "continuing after step 12" in program.output
