@@ -151,7 +151,7 @@ def program(config: "ConfigDict", mode: str, chips: list[Any]) -> Program:
     """
     import jax
 
-    from stvit_jax import run, tasks
+    from stvit_jax import plans, tasks
     from stvit_jax.data.examples import batch_spec
     from stvit_jax.training.step import abstract_batch, init_state
 
@@ -160,13 +160,13 @@ def program(config: "ConfigDict", mode: str, chips: list[Any]) -> Program:
     validate(config)
     mesh = parallel.make_mesh(config.batch_size, config.gradient_accumulation, chips)
     task = tasks.build(config, mesh)
-    tx = run.Plans.of(config, task).tx
+    tx = plans.Plans.of(config, task).tx
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda key: init_state(task.init, tx, key, config.ema_decay > 0), key)
     if mode == "infer":
         evaluation = task.evaluations[0]
         batch = abstract_batch(batch_spec(evaluation.examples), config.batch_size)
         return Program(evaluation.measure, [state.variables, batch], mesh, donate=False)
-    step = run.train_step_of(config, task, tx, mesh)
+    step = plans.train_step_of(config, task, tx, mesh)
     batch = abstract_batch(batch_spec(task.train), config.batch_size)
     return Program(step, [state, batch, key], mesh, donate=True)

@@ -14,6 +14,7 @@ import importlib.util
 import itertools
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -109,9 +110,8 @@ def join(membership: Membership | None) -> None:
 
 def joined() -> bool:
     """Whether there may be other processes."""
-    import jax
-
-    return jax.distributed.is_initialized()
+    jax = sys.modules.get("jax")  # who has not imported it has not joined
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def is_first() -> bool:

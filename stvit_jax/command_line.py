@@ -19,7 +19,6 @@ from ml_collections import ConfigDict, config_flags
 
 from stvit_jax import cluster, places
 from stvit_jax.config import field_names
-from stvit_jax.console import warn
 from stvit_jax.errors import UserError, did_you_mean, one_line, reason
 
 PATIENCE = 10  # seconds that a program which is over waits for threads of libraries
@@ -34,7 +33,7 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
         code = 1
     except OSError as error:  # of the system, and nobody below knew more about it
         where = f"{one_line(error.filename)}: " if error.filename else ""
-        warn(f"error: {where}{reason(error)}")
+        cluster.tell(f"{where}{reason(error)}")
         code = 1
     _leave(code)
 

@@ -28,6 +28,8 @@ _MAY_DIFFER = (
     # As with the number of devices, the sums of a step are in another order, and no more.
     "gradient_accumulation",
     "remat",
+    "stall_after",
+    "on_nonfinite",
 )
 
 
@@ -94,6 +96,8 @@ def base() -> ConfigDict:
     config.eval_every_epochs = 1  # 0: only at the end
     config.checkpoint_every = 1000  # steps
     config.checkpoint_keep = 3
+    config.stall_after = 600.0  # seconds in which nothing happens, before the run ends; 0: off
+    config.on_nonfinite = "stop"  # where a loss is not finite; skip: back, and past the batches
     return config
 
 
@@ -171,6 +175,8 @@ CHECKS: tuple[Check, ...] = (
     *_at_least(0, "learning_rate", "min_learning_rate", "warmup_learning_rate", "weight_decay"),
     Check("gradient_clip", lambda v, _: 0 <= v < math.inf, "it must be finite and at least 0"),
     *_at_least(0, "data.workers"),
+    Check("stall_after", lambda v, _: 0 <= v < math.inf, "give seconds, or 0 for never"),
+    _one_of("on_nonfinite", "stop", "skip"),
     Check("seed", lambda v, _: v < 2**32, "it must be less than 2**32"),
     *_share("ema_decay", "label_smoothing", "data.max_bad_fraction"),
     Check("augment.erasing_probability", lambda v, _: 0 <= v <= 1, "it must be in [0, 1]"),

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "stvit_jax"
 GROUND = {"errors", "console", "trees", "parallel", "places", "cluster"}
-HALL = {"run", "config", "command_line"}
+HALL = {"run", "trainer", "evaluator", "plans", "config", "command_line"}
 LEAVES = {"schedules", "torch_weights"}  # of the door, without weight
 WINGS = {"ops", "models", "data", "augment", "checkpoints", "training", "tasks"}
 
@@ -20,9 +20,12 @@ ARROWS = {
     "cluster": {"errors", "console"},
     "config": {"errors", "places"},
     "command_line": {"config"} | GROUND,
-    "run": {"tasks", "training", "checkpoints", "data", "config", "models.settings"}
-    | LEAVES
+    "run": {"tasks", "trainer", "evaluator", "training", "data", "config"} | GROUND,
+    "trainer": {"evaluator", "plans", "training", "checkpoints", "data", "config"}
+    | {"models.settings"}
     | GROUND,
+    "evaluator": {"training", "checkpoints", "data"} | GROUND,
+    "plans": {"training", "data", "schedules"} | GROUND,
     "schedules": GROUND,
     "torch_weights": GROUND,
     "ops": GROUND,
@@ -57,8 +60,9 @@ LIBRARIES = {
     "clu": {"training.metrics"},
     "etils": {"places", "data"},
     **dict.fromkeys(("fsspec", "aiohttp", "gcsfs"), {"places"}),
-    "optax": {"training", "tasks", "run"},
-    "ml_collections": {"config", "command_line", "tasks", "run", "contact_sheet"},
+    "optax": {"training", "tasks", "plans"},
+    "ml_collections": {"config", "command_line", "tasks", "run", "contact_sheet"}
+    | {"trainer", "evaluator", "plans"},
     "absl": {"command_line", "data", "checkpoints"},
 }
 # Loader workers and command lines import these: no JAX when they are imported.

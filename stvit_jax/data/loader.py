@@ -96,9 +96,15 @@ class Batches(Iterator[Batch]):
             )
         self._parts = [iter(parts)]  # emptied by `close`: what Grain leaves fails at Python's end
         self._size = len(part.slots)
-        self._started = False
+        self._workers, self._next, self._started = workers, 0, False
         self._closing, self._lock = threading.Event(), threading.Lock()
         self.close = weakref.finalize(self, _close, self._closing, self._lock, self._parts)
+
+    def waits_for(self) -> str:
+        """In words, what the next part of a batch comes from."""
+        if not self._workers:
+            return "the data"
+        return f"the data of loader worker {self._next % self._workers} of {self._workers}"
 
     def __next__(self) -> Batch:
         batch: Batch = {}
@@ -115,6 +121,7 @@ class Batches(Iterator[Batch]):
         hold one.
         """
         part = self._next_part()
+        self._next += 1
         count = len(part["mask"])
         for key, rows in part.items():
             if key not in batch:

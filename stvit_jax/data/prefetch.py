@@ -49,6 +49,7 @@ class DevicePrefetch(Iterator[dict[str, Any]]):
         self, batches: Batches | Share, sharding: Any, interrupted: Callable[[], bool], size: int
     ) -> None:
         self._interrupted = interrupted
+        self.waits_for = batches.waits_for
         self._queue: queue.Queue = queue.Queue(size)
         stop = threading.Event()
         # The thread holds no reference to self: an iterator that is dropped is closed.

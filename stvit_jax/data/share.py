@@ -30,7 +30,7 @@ class Share(Iterator[Batch]):
         self._batches, self._left = batches, count
         self._empty = zeros(share_spec(examples), size)
         self.fault: UserError | None = None
-        self.close = batches.close
+        self.close, self.waits_for = batches.close, batches.waits_for
 
     def __next__(self) -> Batch:
         if not cluster.joined():

@@ -8,6 +8,7 @@ import jax
 from stvit_jax.console import Progress
 from stvit_jax.errors import Interrupted
 from stvit_jax.training.task import Batch, Evaluation, Metrics, Tree, Variables
+from stvit_jax.training.watchdog import Watchdog
 
 RAW, AVERAGED = "", "_ema"  # the suffix of an evaluation's name in metrics
 
@@ -19,6 +20,7 @@ def evaluate(
     batches: Iterable[Batch],
     interrupted: Callable[[], bool],
     agree: Callable[[], None],
+    watchdog: Watchdog,
 ) -> Metrics:
     """Metrics of one or more sets of weights in one pass over the data.
 
@@ -29,6 +31,7 @@ def evaluate(
       batches: of the whole data set, padded and masked.
       interrupted: whether to end early; asked before every batch.
       agree: called after the last batch; raises where another process has met a fault.
+      watchdog: is told of every batch.
 
     Returns:
       `NAME/METRIC` for every suffix and metric.
@@ -39,17 +42,20 @@ def evaluate(
     """
     joined: dict[str, Any] = dict.fromkeys(variables)
     size = len(evaluation.examples.source)
+    watchdog.at(f"the data of {evaluation.examples.source.name}")
     progress = Progress(f"evaluating {evaluation.examples.source.name}", size)
     seen = 0
     waiting = None  # read one batch late, so that the next is already under way
     for batch in batches:
         if interrupted():
             raise Interrupted
+        watchdog.at(f"the devices, evaluating after {seen} of {size} images")
         measured = {suffix: measure(v, batch) for suffix, v in variables.items()}
         if waiting is not None:
             _join(evaluation, joined, waiting)
         waiting = measured
         progress.update(min(seen := seen + len(batch["mask"]), size))
+        watchdog.at(f"the data of {evaluation.examples.source.name} after {seen} of {size} images")
     _join(evaluation, joined, waiting)
     agree()
     return {

@@ -5,17 +5,20 @@ from typing import Any
 
 import jax
 
+from stvit_jax import cluster
 from stvit_jax.checkpoints.manager import Checkpoints
 from stvit_jax.errors import Interrupted, UserError
 from stvit_jax.training.meter import Meter, NothingLearned, Plan
 from stvit_jax.training.signals import Stop
 from stvit_jax.training.step import TrainState, TrainStep
 from stvit_jax.training.task import Batch
+from stvit_jax.training.watchdog import Watchdog
 
 
 def train(
     state: TrainState,
     batches: Iterator[Batch],
+    waits_for: Callable[[], str],
     *,
     plan: Plan,
     train_step: TrainStep,
@@ -26,12 +29,14 @@ def train(
     checkpoints: Checkpoints,
     stop: Stop,
     agree: Callable[[], None],
+    watchdog: Watchdog,
 ) -> int:
     """Trains from `state` to the end of the plan, or until `stop`; saves what it leaves with.
 
     Args:
       state: donated to the first step.
       batches: from batch number `state.step` on; raises Interrupted where it waits in vain.
+      waits_for: what the next of them comes from, in words.
       plan: what happens at which step.
       train_step: compiled.
       key: of the run's randomness.
@@ -41,6 +46,7 @@ def train(
       checkpoints: takes the states.
       stop: ends the run after a step.
       agree: raises, in all processes, the fault of the data that one of them has met.
+      watchdog: is told what the run turns to.
 
     Returns:
       The step that it ended with.
@@ -51,8 +57,10 @@ def train(
     """
     step = start = int(state.step)
     meter.restart_clock(step)
+    devices = "the devices, or the other processes" if cluster.joined() else "the devices"
 
     def save_last() -> None:
+        watchdog.at(f"the storage: the checkpoint of step {step}")
         meter.report_up_to(step)
         checkpoints.save_and_wait(step, state, meter.notes(step))
 
@@ -72,7 +80,9 @@ def train(
             meter.restart_clock(step)
         while step < plan.steps and not stop.reached():
             of_data(meter.check_unreadable)
+            watchdog.at(waits_for)
             batch = of_data(next, batches)
+            watchdog.at(devices)
             state, metrics = train_step(state, batch, key)
             stop.arm()
             step += 1
@@ -81,6 +91,7 @@ def train(
                 meter.report_up_to(step - 1)  # one step late: the device is busy with the next
             if plan.saves(step):
                 meter.report_up_to(step)
+                watchdog.at(f"the storage: the checkpoint of step {step}, or the one before")
                 checkpoints.save(step, state, meter.notes(step))
                 meter.restart_clock(step)
             if plan.evaluates(step):

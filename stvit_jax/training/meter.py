@@ -39,6 +39,14 @@ class Plan:
         return step / self.steps_per_epoch
 
 
+class NonFinite(UserError):
+    """The loss of a step is not finite."""
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(what)
+        self.step, self.what = step, what
+
+
 class NothingLearned(Exception):
     """The first step whose batch was a process's stand-in for data that failed."""
 
@@ -67,6 +75,7 @@ class Meter:
         self._plan, self._learning_rate, self._writer = plan, learning_rate, writer
         self._waiting: dict[int, dict[str, jax.Array]] = {}
         self._unreadable = int(notes.get("unreadable", 0))
+        self._skips = int(notes.get("skips", 0))  # of losses that are not finite
         self._looked_at = 0  # examples, since the program started
         self._unreadable_before = self._unreadable
         self.restart_clock(0)
@@ -75,7 +84,11 @@ class Meter:
         """What a checkpoint of a step has to keep; the lines up to it are to be there before it."""
         if self._writer:
             self._writer.flush()
-        return {"unreadable": self._unreadable, "epoch": round(self._plan.epoch(step), 4)}
+        return {
+            "unreadable": self._unreadable,
+            "epoch": round(self._plan.epoch(step), 4),
+            "skips": self._skips,
+        }
 
     def restart_clock(self, step: int) -> None:
         """The time up to here is not the speed of training."""
@@ -89,7 +102,7 @@ class Meter:
         """Reads the metrics up to step `last`, and reports those that are due.
 
         Raises:
-          UserError: a loss is not finite.
+          NonFinite: a loss is not.
           NothingLearned: from a step on, because the data of some process had failed.
         """
         due = sorted(step for step in self._waiting if step <= last)
@@ -98,7 +111,7 @@ class Meter:
                 self._waiting.clear()
                 raise NothingLearned(step)
             if not math.isfinite(metrics["loss"]):
-                raise UserError(self._not_finite(step, metrics))
+                raise NonFinite(step, self._not_finite(step, metrics))
             self._unreadable += int(metrics["unreadable"])
             self._looked_at += self._plan.batch_size
             if self._plan.logs(step):
@@ -142,7 +155,5 @@ class Meter:
         rate = float(self._learning_rate(step - 1))
         return (
             f"the loss is {metrics['loss']} at step {step} (learning rate {rate:.2e}, norm of the "
-            f"gradient {float(metrics['gradient_norm']):.3g}); it is not saved, and the same "
-            "command would come to it again: lower config.learning_rate or try "
-            "config.dtype=float32, in a new --workdir"
+            f"gradient {float(metrics['gradient_norm']):.3g})"
         )

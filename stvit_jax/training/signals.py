@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 from multiprocessing import active_children
+from typing import NoReturn
 
 from stvit_jax.console import warn
 
@@ -71,10 +72,10 @@ class Stop:
     def _receive(self, number: int) -> None:
         name = signal.Signals(number).name
         if self._requested.is_set():
-            _exit(128 + number, f"{name} again: stopped at once, the last step was not saved")
+            end(128 + number, f"{name} again: stopped at once, the last step was not saved")
         self._requested.set()
         if not self._armed.is_set():
-            _exit(STOPPED, f"{name}: stopped before the first step; the same command continues")
+            end(STOPPED, f"{name}: stopped before the first step; the same command continues")
         if self._shared:
             warn(f"{name}: all processes stop after a step that they agree on")
             os.kill(os.getpid(), signal.SIGTERM)  # for JAX's notifier
@@ -103,7 +104,8 @@ def install() -> Stop:
     return stop
 
 
-def _exit(code: int, message: str) -> None:
+def end(code: int, message: str) -> NoReturn:
+    """Ends the program at once, from any thread, and its loader processes with it."""
     for child in active_children():  # os._exit leaves loader processes behind
         child.kill()
     warn(message)

@@ -53,6 +53,19 @@ def init_state(
     )
 
 
+def at_step(state: TrainState, step: int) -> TrainState:
+    """The state as if all batches up to `step` had been consumed, with no update from the rest."""
+
+    def moved(node: Any) -> Any:
+        return node._replace(count=jnp.full_like(node.count, step)) if is_schedule(node) else node
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    opt_state = jax.tree.map(moved, state.opt_state, is_leaf=is_schedule)
+    return state.replace(step=jnp.full_like(state.step, step), opt_state=opt_state)
+
+
 def make_train_step(
     prepare: Callable[[Batch, jax.Array], Batch],
     gradients: Gradients,

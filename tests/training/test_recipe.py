@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from stvit_jax import config as configs
-from stvit_jax import run, tasks
+from stvit_jax import plans, tasks
 from stvit_jax.augment import augment_batch
 from stvit_jax.data.order import Order
 from stvit_jax.training.meter import Plan
@@ -134,18 +134,18 @@ def test_every_field_reaches_the_run(digits_dir: Path) -> None:
     config.weight_decay, config.ema_decay = 0.03, 0.9
     config.log_every, config.eval_every_epochs, config.checkpoint_every = 3, 2, 11
     config.data.max_bad_fraction = 0.5
-    plans = run.Plans.of(config, tasks.build(config, mesh()))
-    assert plans.order == Order(1437, 64, 16, 2, 5)
+    made = plans.Plans.of(config, tasks.build(config, mesh()))
+    assert made.order == Order(1437, 64, 16, 2, 5)
     steps = 1437 // 256 * 256 // 64
-    assert plans.plan == Plan(70, steps, 64, 3, 2 * steps, 11, 0.5)
-    rate = plans.learning_rate
+    assert made.plan == Plan(70, steps, 64, 3, 2 * steps, 11, 0.5)
+    rate = made.learning_rate
     assert rate(0) == rate(2 * steps - 1) == 7e-6
     base = 3e-4 * 64 / 512
     assert rate(2 * steps) == pytest.approx(7e-6 + (base - 7e-6) / 3, rel=1e-12)
     assert rate(10**6) == rate(9 * steps - 1) < base
     # One step of the optimiser with a gradient of zero: what is left is the decay.
     params = {"kernel": jnp.ones(3)}
-    updates, _ = plans.tx.update({"kernel": jnp.zeros(3)}, plans.tx.init(params), params)
+    updates, _ = made.tx.update({"kernel": jnp.zeros(3)}, made.tx.init(params), params)
     np.testing.assert_allclose(updates["kernel"], -7e-6 * 0.03, rtol=1e-6)
 
 
@@ -158,11 +158,11 @@ def test_parts_and_clipping_reach_the_step(
     config.gradient_clip = 0.25
     task, over = tasks.build(config, mesh()), mesh()
     given = []
-    monkeypatch.setattr(run, "accumulated", lambda *args: given.extend(args))
-    run.train_step_of(config, task, None, over)
+    monkeypatch.setattr(plans, "accumulated", lambda *args: given.extend(args))
+    plans.train_step_of(config, task, None, over)
     assert given == [task.objective, 2, group_size, over]
     # What Adam sees of a gradient of length 2: the first moment is a tenth of it.
-    tx, params = run.Plans.of(config, task).tx, {"kernel": jnp.zeros(1)}
+    tx, params = plans.Plans.of(config, task).tx, {"kernel": jnp.zeros(1)}
     _, state = tx.update({"kernel": jnp.full(1, 2.0)}, tx.init(params), params)
     np.testing.assert_allclose(state[1][0].mu["kernel"], 0.025, rtol=1e-6)
 

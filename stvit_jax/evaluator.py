@@ -1,0 +1,141 @@
+"""Evaluation in a run: of a state that is being trained, or of weights and nothing else."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from stvit_jax import cluster, parallel
+from stvit_jax.checkpoints import weights
+from stvit_jax.console import say, warn
+from stvit_jax.data.loader import eval_batches
+from stvit_jax.data.prefetch import device_prefetch
+from stvit_jax.data.share import Share, share_spec
+from stvit_jax.errors import Interrupted, UserError
+from stvit_jax.training import workdir
+from stvit_jax.training.evaluation import AVERAGED, RAW, describe, evaluate
+from stvit_jax.training.metrics import MetricWriter
+from stvit_jax.training.signals import STOPPED, Stop
+from stvit_jax.training.step import abstract_batch, compile_step
+from stvit_jax.training.task import Evaluation, Metrics, Task, Variables
+from stvit_jax.training.watchdog import Watchdog
+
+
+class Evaluator:
+    """Evaluates a task's sets; every program is compiled once."""
+
+    def __init__(
+        self,
+        evaluations: tuple[Evaluation, ...],
+        config: ConfigDict,
+        mesh: Mesh,
+        stop: Stop,
+        watchdog: Watchdog,
+    ) -> None:
+        self._evaluations, self._config, self._mesh = evaluations, config, mesh
+        self._stop, self._watchdog = stop, watchdog
+        self._compiled: dict[Callable, Callable] = {}
+
+    def compile(self, variables: Variables) -> None:
+        """Compiles all programs, where that is to be done ahead of the first evaluation."""
+        for evaluation in self._evaluations:
+            if evaluation.measure not in self._compiled:
+                start = time.monotonic()
+                batch = abstract_batch(share_spec(evaluation.examples), self._config.batch_size)
+                self._compiled[evaluation.measure] = compile_step(
+                    evaluation.measure, variables, batch, mesh=self._mesh, donate=False
+                )
+                say(f"compiled the evaluation step in {time.monotonic() - start:.0f} s")
+
+    def __call__(self, variables: dict[str, Variables]) -> Metrics:
+        """The metrics of all sets, for each suffix of `variables`.
+
+        Raises:
+          Interrupted: it was to stop.
+          UserError: as `evaluate`.
+        """
+        self.compile(variables[RAW])
+        metrics: Metrics = {}
+        for evaluation in self._evaluations:
+            share = self._batches(evaluation)
+            batches = device_prefetch(
+                share, parallel.by_image(self._mesh), interrupted=self._interrupted
+            )
+            with contextlib.closing(batches):
+                metrics |= evaluate(
+                    evaluation,
+                    self._compiled[evaluation.measure],
+                    variables,
+                    batches,
+                    self._stop.reached,
+                    share.agree,
+                    self._watchdog,
+                )
+            if len(self._evaluations) > 1:
+                say(describe(evaluation, metrics))
+        return metrics
+
+    def describe(self, metrics: Metrics) -> str:
+        """All of it in words."""
+        return "; ".join(filter(None, (describe(e, metrics) for e in self._evaluations)))
+
+    def _interrupted(self) -> bool:
+        return self._stop.requested or self._watchdog.stalled
+
+    def _batches(self, evaluation: Evaluation) -> Share:
+        examples, size = evaluation.examples, self._config.batch_size
+        slots = parallel.own_slots(size, self._mesh)
+        batches = eval_batches(
+            examples, batch_size=size, slots=slots, workers=self._config.data.workers
+        )
+        return Share(batches, examples, len(slots), -(-len(examples.source) // size))
+
+
+def evaluate_only(
+    config: ConfigDict, where: Path, task: Task, evaluator: Evaluator, mesh: Mesh
+) -> int:
+    """Evaluates `init_from`, or the newest checkpoint of the workdir, raw and EMA; only reads."""
+    if not config.init_from and not workdir.has_checkpoints(where):
+        raise UserError(
+            f"there is no checkpoint in {where} to evaluate: name weights with "
+            "--config.init_from=PATH, or the workdir of a run"
+        )
+    path = config.init_from or where
+    abstract = jax.eval_shape(task.init, jax.random.key(0))
+
+    def adopted(ema: bool) -> tuple[Variables, weights.Weights]:
+        found = weights.read(path, ema)
+        variables = task.adopt(abstract, found, True)
+        return jax.device_put(variables, parallel.replicated(mesh)), found
+
+    variables = {}
+    with cluster.together():
+        variables[RAW], found = adopted(config.init_from_ema)
+        if not config.init_from and config.ema_decay:
+            variables[AVERAGED], _ = adopted(True)
+    images = sum(len(e.examples.source) for e in task.evaluations)
+    names = ", ".join(e.examples.source.name for e in task.evaluations)
+    try:
+        workdir.make(where)
+    except UserError as error:  # one that may only be read can be evaluated all the same
+        warn(f"{error}; the result will be on the console only")
+        where = None
+    say(f"evaluating {found.source} on {images} images of {names}")
+    try:
+        metrics = evaluator(variables)
+    except Interrupted:
+        return STOPPED
+    said = f"evaluated: {evaluator.describe(metrics)}"
+    if where is None:
+        say(said)
+        return 0
+    say(f"{said}; see {where / 'metrics.jsonl'}")
+    if not cluster.is_first():
+        return 0
+    with contextlib.closing(MetricWriter(where)) as writer:
+        writer.write(found.step or 0, found.epoch or 0.0, metrics, eval_only=True)
+    return 0

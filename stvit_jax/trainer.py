@@ -1,0 +1,296 @@
+"""One run of training in one workdir: what it goes on from, what it leaves."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from stvit_jax import cluster, parallel
+from stvit_jax.checkpoints import weights
+from stvit_jax.checkpoints.manager import Checkpoints
+from stvit_jax.config import check_same_recipe, to_json
+from stvit_jax.console import say, warn
+from stvit_jax.data.loader import train_batches
+from stvit_jax.data.prefetch import DevicePrefetch, device_prefetch
+from stvit_jax.data.share import Share, share_spec
+from stvit_jax.errors import UserError, listing
+from stvit_jax.evaluator import Evaluator
+from stvit_jax.models.settings import UNOPTIMIZED
+from stvit_jax.plans import Plans, train_step_of
+from stvit_jax.training import loop, workdir
+from stvit_jax.training.evaluation import AVERAGED, RAW
+from stvit_jax.training.meter import Meter, NonFinite
+from stvit_jax.training.metrics import MetricWriter, keep_lines
+from stvit_jax.training.owner import Owner
+from stvit_jax.training.signals import STOPPED, Stop
+from stvit_jax.training.step import TrainState, abstract_batch, at_step, compile_step, init_state
+from stvit_jax.training.task import Task
+from stvit_jax.training.watchdog import Watchdog
+
+MOST_SKIPS = 3  # of losses that are not finite, in a run
+
+
+class Trainer:
+    """Trains as a config says, in the folder `where`."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        where: Path,
+        task: Task,
+        evaluator: Evaluator,
+        mesh: Mesh,
+        stop: Stop,
+        watchdog: Watchdog,
+    ) -> None:
+        """Raises UserError where the data set is smaller than a batch."""
+        self._config, self._where, self._task, self._mesh = config, where, task, mesh
+        self._evaluator, self._stop, self._watchdog = evaluator, stop, watchdog
+        self._plans = Plans.of(config, task)
+        self._plan = self._plans.plan
+        self._writer: MetricWriter | None = None  # in the first process
+
+    def run(self) -> int:
+        """Goes on from the newest checkpoint, or begins.
+
+        Returns:
+          The exit code: 0 done, 75 stopped early.
+
+        Raises:
+          UserError: whatever ends it; what it has learned is saved, or the message says why not.
+        """
+        with contextlib.ExitStack() as stack:
+            self._open_workdir(stack)
+            self._checkpoints = Checkpoints(
+                self._where / "checkpoints", keep=self._config.checkpoint_keep
+            )
+            stack.push(self._close_checkpoints)
+            state, notes = self._newest()
+            step = int(state.step)
+            self._done = workdir.Evaluations(self._where)
+            self._done.forget_after(step)
+            evaluated = bool(cluster.told("yes" if self._done.of(step) is not None else ""))
+            if step > self._plan.steps or (step == self._plan.steps and evaluated):
+                say(f"nothing left to do: {self._result(step)}")
+                return 0
+            if cluster.is_first():
+                keep_lines(self._where, step, evaluated or not self._plan.evaluates(step))
+                self._writer = MetricWriter(self._where)
+                stack.callback(self._writer.close)
+            step = self._train(stack, state, notes, evaluated)
+        if self._watchdog.stalled and not self._stop.requested:
+            raise UserError(
+                f"nothing happened, see above. Step {step} is saved, the same command continues"
+            )
+        if step < self._plan.steps or self._done.of(step) is None:
+            say(f"stopped at step {step} of {self._plan.steps}, saved; the same command continues")
+            return STOPPED
+        say(f"done: {self._result(step)}")
+        return 0
+
+    def _train(
+        self, stack: contextlib.ExitStack, state: TrainState, notes: dict, evaluated: bool
+    ) -> int:
+        """To the end of the plan, past losses that are not finite if they may be passed."""
+        # From here on images are loaded, while the programs are being compiled.
+        share, batches = self._load(stack, int(state.step))
+        self._evaluator.compile(state.variables)
+        draw_key = partial(jax.random.key, self._config.seed)
+        key = jax.jit(draw_key, out_shardings=parallel.replicated(self._mesh))()
+        train_step = self._compile(state, key)
+        cluster.barrier()  # one may have compiled for minutes longer, and collectives do not wait
+        self._watchdog.start()
+        while True:
+            try:
+                return loop.train(
+                    state,
+                    batches,
+                    waits_for=share.waits_for,
+                    plan=self._plan,
+                    train_step=train_step,
+                    key=key,
+                    evaluate=self._evaluate,
+                    evaluated=evaluated,
+                    meter=Meter(self._plan, self._plans.learning_rate, self._writer, notes),
+                    checkpoints=self._checkpoints,
+                    stop=self._stop,
+                    agree=share.agree,
+                    watchdog=self._watchdog,
+                )
+            except NonFinite as found:
+                batches.close()
+                state, notes = self._go_back(found, notes)
+                evaluated = False
+                share, batches = self._load(stack, found.step)
+
+    def _load(self, stack: contextlib.ExitStack, start: int) -> tuple[Share, DevicePrefetch]:
+        config, examples = self._config, self._task.train
+        slots = parallel.own_slots(config.batch_size, self._mesh)
+        loaded = train_batches(
+            examples, self._plans.order, start=start, slots=slots, workers=config.data.workers
+        )
+        share = Share(loaded, examples, len(slots))
+        batches = device_prefetch(
+            share,
+            parallel.by_image(self._mesh),
+            interrupted=lambda: self._stop.requested or self._watchdog.stalled,
+        )
+        stack.callback(batches.close)
+        return share, batches
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        averaged = {AVERAGED: state.ema} if state.ema else {}
+        metrics = self._evaluator({RAW: state.variables} | averaged)
+        if self._writer:
+            self._writer.write(step, self._plan.epoch(step), metrics)
+        self._done.add(step, metrics)
+        say(f"step {step}/{self._plan.steps}: {self._evaluator.describe(metrics)}")
+
+    def _go_back(self, found: NonFinite, notes: dict) -> tuple[TrainState, dict[str, Any]]:
+        """The newest checkpoint's state, moved past the batches up to the loss that is not finite.
+
+        Raises:
+          UserError: that is not wanted, or has happened too often.
+        """
+        skips = notes.get("skips", 0) + 1
+        newest = self._checkpoints.wait()
+        if self._config.on_nonfinite != "skip" or skips > MOST_SKIPS:
+            there = "there is no checkpoint" if newest is None else f"the newest is step {newest}"
+            often = f", after {MOST_SKIPS} skips" if skips > MOST_SKIPS else ""
+            raise UserError(
+                f"{found}{often}; it is not saved, {there}, and the same command would come to it "
+                "again: lower config.learning_rate or try config.dtype=float32, in a new "
+                "--workdir" + ("" if often else ", or set config.on_nonfinite=skip")
+            ) from found
+        state, notes = self._newest()
+        step = int(state.step)
+        warn(
+            f"{found}: back to step {step}, past batches {step + 1} to {found.step} "
+            f"(skip {skips} of {MOST_SKIPS})",
+            everyone=False,
+        )
+        notes = notes | {"skips": skips}
+        moved = partial(at_step, step=found.step)
+        state = jax.jit(moved, out_shardings=parallel.replicated(self._mesh))(state)
+        self._done.forget_after(step)
+        if self._writer:
+            keep_lines(self._where, step, True)
+            counts = {"train/skipped": found.step - step}
+            self._writer.write(found.step, self._plan.epoch(found.step), counts)
+        # At once: who is stopped here must not come to it again, nor forget how often it happened.
+        self._checkpoints.save_and_wait(found.step, state, notes)
+        return state, notes
+
+    def _open_workdir(self, stack: contextlib.ExitStack) -> None:
+        config, where, task = self._config, self._where, self._task
+        with cluster.together():
+            if cluster.is_first():
+                _check_workdir(config, where, task)
+                workdir.make(where)
+                stack.enter_context(Owner(where))
+                _describe(config, where, task)
+        workdir.check_shared(where)
+        say(
+            f"{task.what} on {self._mesh.size} x {self._mesh.devices.flat[0].device_kind}; "
+            f"{task.train.source.name}: {len(task.train.source)} images to train on, "
+            f"{sum(len(e.examples.source) for e in task.evaluations)} to evaluate on; "
+            f"workdir {where}"
+        )
+        spanning = parallel.spanning_groups(
+            config.batch_size, config.group_size, self._mesh.size, config.gradient_accumulation
+        )
+        if spanning and not config.freeze_batch_norm:
+            warn(spanning, everyone=False)
+
+    def _close_checkpoints(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Waits for a save in flight; not after what the other processes know nothing of."""
+        if kind is None or issubclass(kind, UserError) or not cluster.joined():
+            self._checkpoints.close()
+
+    def _newest(self) -> tuple[TrainState, dict[str, Any]]:
+        """The newest sound checkpoint's state, or a new one, from `init_from` where that is given.
+
+        Returns:
+          The state, and the notes that were kept with it.
+        """
+        config, task = self._config, self._task
+        create = partial(init_state, task.init, self._plans.tx, ema=config.ema_decay > 0)
+        key, whole = jax.random.key(config.seed), parallel.replicated(self._mesh)
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+            jax.eval_shape(lambda key: create(key=key), key),
+        )
+        if restored := self._checkpoints.restore_newest(abstract):
+            step, state, notes = restored
+            say(f"continuing after step {step}")
+            return state, notes
+        with cluster.together():
+            path, ema = config.init_from, config.init_from_ema
+            found = weights.read(path, ema) if path else None
+        options = UNOPTIMIZED if jax.default_backend() == "cpu" else None
+        make = jax.jit(lambda key: create(key=key), out_shardings=whole, compiler_options=options)
+        state = make(key)
+        if found is None:
+            return state, {}
+        variables = jax.device_put(task.adopt(state.variables, found, False), whole)
+        say(f"starting from {found.source}")
+        # A copy: two leaves of one donated state must not share a buffer.
+        ema = jax.tree.map(jnp.copy, variables) if state.ema else {}
+        return state.replace(**variables, ema=ema), {}
+
+    def _compile(self, state: TrainState, key: jax.Array) -> Callable:
+        start = time.monotonic()
+        train_step = train_step_of(self._config, self._task, self._plans.tx, self._mesh)
+        batch = abstract_batch(share_spec(self._task.train), self._config.batch_size)
+        compiled = compile_step(train_step, state, batch, key, mesh=self._mesh, donate=True)
+        say(f"compiled the training step in {time.monotonic() - start:.0f} s")
+        return compiled
+
+    def _result(self, step: int) -> str:
+        """The last line of a run: where it is, how good it is, where everything lies."""
+        found = self._done.of(step)
+        metrics = f", {self._evaluator.describe(found)}" if found else ""
+        return f"step {step} of {self._plan.steps}{metrics}; see {self._where}"
+
+
+def _check_workdir(config: ConfigDict, where: Path, task: Task) -> None:
+    """Checks that the run in the workdir, if there is one, has this recipe and these classes."""
+    if workdir.has_checkpoints(where):
+        recipe = where / workdir.CONFIG
+        before = workdir.read_text(recipe)
+        if before is None:
+            raise UserError(
+                f"{where} holds checkpoints, and no {recipe.name} to tell their recipe: bring it "
+                "back, or start another --workdir with --config.init_from of this one"
+            )
+        check_same_recipe(config, before, str(recipe))
+        _check_same_classes(task.classes, workdir.read_text(where / workdir.CLASSES), where)
+
+
+def _describe(config: ConfigDict, where: Path, task: Task) -> None:
+    """Writes what a run is into its workdir."""
+    workdir.replace(where / workdir.CONFIG, to_json(config))
+    if task.classes:
+        workdir.replace(where / workdir.CLASSES, json.dumps(task.classes, indent=1) + "\n")
+
+
+def _check_same_classes(classes: tuple[str, ...], before: str | None, where: Path) -> None:
+    if before is None:
+        return  # a run of before this was kept
+    then = json.loads(before)
+    if list(classes) == then:
+        return
+    gone, new = sorted(set(then) - set(classes)), sorted(set(classes) - set(then))
+    raise UserError(
+        f"the data have {len(classes)} classes, and not the {len(then)} that the run in {where} "
+        f"has learned: missing: {listing(gone, 3)}; new: {listing(new, 3)}; bring the classes "
+        "back, or start another --workdir with --config.init_from of this one"
+    )
