@@ -24,6 +24,7 @@ import pytest
 
 from stvit_jax.data import digits
 from tests.golden.golden_weights import weight
+from tests.program import NARROW, STEPS, WORKER, Program
 
 # nohup and some CI runners ignore SIGHUP; train.py respects that, and would inherit it here.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -96,6 +97,40 @@ def random_variables() -> Callable[..., dict[str, Any]]:
         return jax.tree_util.tree_map_with_path(leaf, abstract)
 
     return draw
+
+
+@pytest.fixture(scope="module")
+def start(digits_dir, tmp_path_factory):
+    """Starts the program; all runs of the module share compiled programs."""
+    cache = tmp_path_factory.mktemp("compiled")
+
+    def start(workdir: Path, *flags: str, **options: Any) -> Program:
+        common = (
+            *NARROW,
+            f"--config.data.dir={digits_dir}",
+            "--config.batch_size=64",
+            f"--config.steps={STEPS}",
+            "--config.log_every=1",
+            "--config.eval_every_epochs=1",
+            "--config.checkpoint_every=1000",
+            "--config.data.workers=0",
+        )
+        return Program(
+            workdir, *common, *flags, **({"JAX_COMPILATION_CACHE_DIR": str(cache)} | options)
+        )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def straight(start, tmp_path_factory) -> Path:
+    """The workdir of a run that nobody stopped."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    program = start(workdir, WORKER, tensorflow=True)
+    assert program.wait() == 0, program.output
+    assert program.output.splitlines()[-1].startswith(f"done: step {STEPS} of {STEPS}, raw top-1")
+    assert program.output.splitlines()[-1].endswith(f"see {workdir}")
+    return workdir
 
 
 @pytest.fixture(scope="session")

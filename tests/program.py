@@ -21,6 +21,9 @@ NARROW_SETTINGS = {
 }
 NARROW = tuple(f"--config.model.{field}={value}" for field, value in NARROW_SETTINGS.items())
 
+STEPS = 30  # an epoch has 22
+WORKER = "--config.data.workers=1"  # as the config has it; most runs do without, to start sooner
+
 
 # TensorFlow, which writes files for TensorBoard and nothing else, takes seconds to import. For most
 # tests it is missing, as it may be for a user.
@@ -127,3 +130,11 @@ def digests(workdir: Path, step: int) -> dict[str, str]:
     """The digest of every leaf of a checkpoint."""
     meta = json.loads((workdir / f"checkpoints/{step}/meta/metadata").read_text())
     return meta["digests"]
+
+
+def assert_equal_runs(workdir: Path, straight: Path) -> None:
+    assert digests(workdir, STEPS) == digests(straight, STEPS)
+    for key in ("train/loss", "train/learning_rate", "eval/top1", "eval_ema/loss"):
+        assert values(workdir, key) == values(straight, key), key
+    steps = [line["step"] for line in metrics(workdir) if "train/loss" in line]
+    assert steps == list(range(1, STEPS + 1))  # no line twice, none missing

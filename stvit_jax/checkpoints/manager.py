@@ -169,12 +169,13 @@ class Checkpoints:
         Raises:
           UserError: as `wait`.
         """
-        with self._quiet:
-            try:
-                self.wait()
-            finally:
-                if self._manager:
-                    self._manager.close()
+        try:
+            self.wait()
+        finally:
+            if self._manager:
+                self._manager.close()
+            if not self._failures:  # threads of a save that failed may still have much to say
+                self._quiet.close()
 
     def _begin(self) -> None:
         if not cluster.is_first():

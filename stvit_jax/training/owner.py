@@ -63,7 +63,7 @@ class Claim:
           UserError: the file cannot be read.
         """
         text = workdir.read_text(path)
-        with contextlib.suppress(ValueError, TypeError, RecursionError):
+        with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
             content: dict[str, Any] = json.loads(text or "")
             fields = {f.name: f.type(content[f.name]) for f in dataclasses.fields(cls)}
             return cls(**fields)
