@@ -43,7 +43,8 @@ def _leave(code: int) -> NoReturn:
     deadline = time.monotonic() + PATIENCE
     others = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
     for thread in others:
-        thread.join(max(0.0, deadline - time.monotonic()))
+        # Of Python: a thread of Orbax raises what ended it at whoever joins it.
+        threading.Thread.join(thread, max(0.0, deadline - time.monotonic()))
     if any(thread.is_alive() for thread in others):
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):

@@ -174,8 +174,9 @@ class Checkpoints:
         finally:
             if self._manager:
                 self._manager.close()
-            if not self._failures:  # threads of a save that failed may still have much to say
-                self._quiet.close()
+            if self._failures:  # its threads may still have much to say
+                orbax.stay_quiet()
+            self._quiet.close()
 
     def _begin(self) -> None:
         if not cluster.is_first():

@@ -106,6 +106,11 @@ def quiet() -> Iterator[None]:
         logger.removeFilter(own)
 
 
+def stay_quiet() -> None:
+    """As `quiet`, to the end of the program."""
+    absl_logging.get_absl_logger().addFilter(_always)  # adds it once
+
+
 def _in_the_foreground() -> ocp.options.AsyncOptions:
     return ocp.options.AsyncOptions(create_directories_asynchronously=False)
 
@@ -113,6 +118,9 @@ def _in_the_foreground() -> ocp.options.AsyncOptions:
 class _FromOrbax(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.pathname.startswith(_ORBAX)
+
+
+_always = _FromOrbax()
 
 
 class _Traces(logging.Filter):
