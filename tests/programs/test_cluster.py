@@ -271,6 +271,7 @@ def test_mistakes_in_the_flags_are_one_line(flags, tmp_path, given, words) -> No
     assert line.startswith("error: ") and words in line
 
 
+@pytest.mark.slow
 def test_another_count_is_refused_by_who_has_it(flags, tmp_path) -> None:
     address = f"--coordinator_address=127.0.0.1:{free_port()}"
     first, second = (
@@ -281,6 +282,7 @@ def test_another_count_is_refused_by_who_has_it(flags, tmp_path) -> None:
     assert "process 0 counts 2 processes, and this one was started with" in second.output
 
 
+@pytest.mark.slow
 def test_a_process_that_compiles_for_longer_is_waited_for(start, alone, tmp_path) -> None:
     """Longer than any collective waits: gloo's have 30 seconds."""
     run = start(2, tmp_path / "run", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"))
