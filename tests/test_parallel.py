@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,18 +22,27 @@ print(os.environ["XLA_FLAGS"], jax.jit(lambda x: x + 1)(1))
 """
 
 
-def test_deterministic_flags_are_known_to_xla_and_keep_those_of_the_user(tmp_path) -> None:
-    """XLA ends a program whose flags it does not know."""
+def run_with(flags: str, workdir: Path) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", DETERMINISTIC, str(tmp_path)],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        [sys.executable, "-c", DETERMINISTIC, str(workdir)],
+        env=os.environ | {"XLA_FLAGS": flags},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    count, ops, cache, result = done.stdout.split()
-    assert count.endswith("count=2") and ops == "--xla_gpu_exclude_nondeterministic_ops=true"
+    return done.stdout.split()
+
+
+def test_flags_are_known_to_xla_and_keep_those_of_the_user(tmp_path) -> None:
+    """XLA ends a program whose flags it does not know."""
+    count = "--xla_force_host_platform_device_count=2"
+    first, patience, ops, cache, result = run_with(count, tmp_path)
+    assert first == count and ops == "--xla_gpu_exclude_nondeterministic_ops=true"
+    assert patience == "--xla_gpu_nccl_termination_timeout_seconds=600"
     assert cache.endswith(str(tmp_path / "autotuning")) and result == "2"
+    own = "--xla_gpu_nccl_termination_timeout_seconds=7"
+    assert run_with(own, tmp_path)[0] == own
+    assert sum("nccl_termination" in word for word in run_with(own, tmp_path)) == 1
 
 
 def test_a_batch_is_split_evenly(monkeypatch) -> None:
