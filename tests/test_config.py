@@ -73,7 +73,7 @@ def test_parts_need_groups_or_frozen_statistics():
 @pytest.mark.parametrize("text, value", [("(0,1)", (0, 1)), ("[2]", (2,)), ("3", (3,)), ("()", ())])
 def test_stages_on_the_command_line(text, value):
     arguments = ["--config=configs/digits.py", "--workdir=w", f"--config.remat={text}"]
-    config, _ = command_line.train(arguments, "")
+    config, *_ = command_line.train(arguments, "")
     assert config.remat == value
     configs.validate(config)
 
@@ -170,7 +170,7 @@ def test_a_home_directory_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/of")
     where = ["--config.data.dir=~/data", "--config.init_from=~/w.pth"]
     arguments = ["--config=configs/digits.py", *where, "--workdir=~/run"]
-    config, workdir = command_line.train(arguments, "")
+    config, workdir, _ = command_line.train(arguments, "")
     assert (config.data.dir, config.init_from) == ("/home/of/data", "/home/of/w.pth")
     assert str(workdir) == "/home/of/run"
 
