@@ -18,7 +18,7 @@ from typing import Any
 
 from stvit_jax import places
 from stvit_jax.console import duration, say, warn
-from stvit_jax.errors import UserError, one_line
+from stvit_jax.errors import UserError, one_line, reason
 from stvit_jax.training import signals, workdir
 
 OWNER = "owner.json"
@@ -62,9 +62,15 @@ class Claim:
         Raises:
           UserError: the file cannot be read.
         """
-        text = workdir.read_text(path)
+        try:
+            with places.os_errors(path):
+                text = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {reason(error)}; see to it") from error
         with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
-            content: dict[str, Any] = json.loads(text or "")
+            content: dict[str, Any] = json.loads(text)
             fields = {f.name: f.type(content[f.name]) for f in dataclasses.fields(cls)}
             return cls(**fields)
         return None

@@ -128,8 +128,8 @@ def test_r13_an_owner_on_another_machine_that_lives_is_respected(tmp_path, monke
 
 
 def test_r13_what_is_no_claim_is_nobodys(tmp_path):
-    for text in ("", "[]", "{", '{"token": 3}'):
-        (tmp_path / "owner.json").write_text(text)
+    for text in (b"", b"[]", b"{", b'{"token": 3}', b"\xff\xfe"):
+        (tmp_path / "owner.json").write_bytes(text)
         with Owner(tmp_path):
             pass
 
