@@ -4,6 +4,7 @@ A mistake is one line that names the field or the file and the remedy.
 """
 
 import argparse
+import concurrent.futures.thread
 import contextlib
 import os
 import re
@@ -41,7 +42,13 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
 def _leave(code: int) -> NoReturn:
     """Ends the program; a thread of a library that hangs, in a read say, does not keep it."""
     deadline = time.monotonic() + PATIENCE
-    others = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    # Python waits for all that are no daemons, and for those of executors, whatever they are.
+    pooled = getattr(concurrent.futures.thread, "_threads_queues", ())
+    others = [
+        thread
+        for thread in threading.enumerate()
+        if (not thread.daemon or thread in pooled) and thread is not threading.main_thread()
+    ]
     for thread in others:
         # Of Python: a thread of Orbax raises what ended it at whoever joins it.
         threading.Thread.join(thread, max(0.0, deadline - time.monotonic()))

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stvit_jax import places
+from stvit_jax.console import warn
 from stvit_jax.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -44,10 +46,23 @@ def prepare(*, x64: bool, deterministic: bool, workdir: Path) -> None:
     if "xla_gpu_nccl_termination_timeout_seconds" not in os.environ.get("XLA_FLAGS", ""):
         _add_flags(f"--xla_gpu_nccl_termination_timeout_seconds={COLLECTIVE_PATIENCE}")
     if deterministic:
-        _add_flags(
-            "--xla_gpu_exclude_nondeterministic_ops=true",
-            f"--xla_gpu_per_fusion_autotune_cache_dir={workdir / 'autotuning'}",
+        _make_deterministic(workdir)
+
+
+def _make_deterministic(workdir: Path) -> None:
+    """Sets what can be set, and says where that is not enough; only a GPU needs any of it."""
+    flag = "xla_gpu_exclude_nondeterministic_ops"
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        _add_flags(f"--{flag}=true")
+    elif f"--{flag}=true" not in os.environ["XLA_FLAGS"].split():
+        warn(f"config.deterministic is not honoured on a GPU: XLA_FLAGS has another {flag}")
+    if places.in_bucket(workdir):  # of which XLA knows nothing
+        warn(
+            "config.deterministic: the choices of autotuning are not kept in a bucket, so on a GPU "
+            "a restart may round differently; use a workdir on a disk for that"
         )
+    else:
+        _add_flags(f"--xla_gpu_per_fusion_autotune_cache_dir={workdir / 'autotuning'}")
 
 
 def _add_flags(*flags: str) -> None:

@@ -125,11 +125,12 @@ class Trainer:
                     agree=share.agree,
                     watchdog=self._watchdog,
                 )
-            except NonFinite as found:
-                batches.close()
-                state, notes = self._go_back(found, notes)
-                evaluated = False
-                share, batches = self._load(stack, found.step)
+            except NonFinite as error:
+                found = error.with_traceback(None)  # whose frames hold a state that is of no use
+            batches.close()
+            state, notes = self._go_back(found, notes)
+            evaluated = False
+            share, batches = self._load(stack, found.step)
 
     def _load(self, stack: contextlib.ExitStack, start: int) -> tuple[Share, DevicePrefetch]:
         config, examples = self._config, self._task.train
@@ -163,7 +164,9 @@ class Trainer:
         skips = notes.get("skips", 0) + 1
         newest = self._checkpoints.wait()
         if self._config.on_nonfinite != "skip" or skips > MOST_SKIPS:
-            there = "there is no checkpoint" if newest is None else f"the newest is step {newest}"
+            there = (
+                "no checkpoint can be read" if newest is None else f"the newest is step {newest}"
+            )
             often = f", after {MOST_SKIPS} skips" if skips > MOST_SKIPS else ""
             raise UserError(
                 f"{found}{often}; it is not saved, {there}, and the same command would come to it "
@@ -177,7 +180,7 @@ class Trainer:
             f"(skip {skips} of {MOST_SKIPS})",
             everyone=False,
         )
-        notes = notes | {"skips": skips}
+        notes = notes | {"skips": skips, "epoch": round(self._plan.epoch(found.step), 4)}
         moved = partial(at_step, step=found.step)
         state = jax.jit(moved, out_shardings=parallel.replicated(self._mesh))(state)
         self._done.forget_after(step)
@@ -186,7 +189,7 @@ class Trainer:
             counts = {"train/skipped": found.step - step}
             self._writer.write(found.step, self._plan.epoch(found.step), counts)
         # At once: who is stopped here must not come to it again, nor forget how often it happened.
-        self._checkpoints.save_and_wait(found.step, state, notes)
+        self._checkpoints.save(found.step, state, notes)
         return state, notes
 
     def _open_workdir(self, stack: contextlib.ExitStack) -> None:

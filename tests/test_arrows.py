@@ -16,7 +16,8 @@ WINGS = {"ops", "models", "data", "augment", "checkpoints", "training", "tasks"}
 # longest name that fits counts.
 ARROWS = {
     "errors": set(),
-    **dict.fromkeys(("console", "trees", "parallel", "places"), {"errors"}),
+    **dict.fromkeys(("console", "trees", "places"), {"errors"}),
+    "parallel": {"errors", "console", "places"},
     "cluster": {"errors", "console"},
     "config": {"errors", "places"},
     "command_line": {"config"} | GROUND,

@@ -38,6 +38,9 @@ from stvit_jax.errors import UserError
         ("gradient_clip", -1.0, "config.gradient_clip is -1.0: it must be finite and at least 0"),
         ("gradient_clip", float("inf"), "config.gradient_clip is inf: it must be finite"),
         ("gradient_clip", float("nan"), "config.gradient_clip is nan: it must be finite"),
+        ("stall_after", -1.0, "config.stall_after is -1.0: give seconds, or 0 for never"),
+        ("stall_after", float("nan"), "config.stall_after is nan: give seconds"),
+        ("on_nonfinite", "go", "config.on_nonfinite is 'go': "),
         ("gradient_accumulation", 0, "gradient_accumulation is 0: it must be at least 1"),
         ("gradient_accumulation", 3, "is 3: config.batch_size 1024 must be that many parts of"),
         ("gradient_accumulation", 16, "parts of whole groups of config.group_size 128"),
@@ -198,13 +201,23 @@ def test_a_command_ends_with_one_line_and_its_code(fault, line, code, capsys):
     assert ended.value.code == code and capsys.readouterr().err.strip() == line
 
 
-@pytest.mark.parametrize("code", [0, 1, 75])
-def test_a_thread_that_hangs_does_not_keep_a_program_that_is_over(code):
+HANGING = "threading.Thread(target=time.sleep, args=(1000,)).start()\n"
+# Its threads are daemons, as the thread that started it is, and Python waits for them all the same.
+POOL = (
+    "from concurrent.futures import ThreadPoolExecutor\n"
+    "pool = ThreadPoolExecutor(1)\n"
+    "submit = threading.Thread(target=pool.submit, args=(time.sleep, 1000), daemon=True)\n"
+    "submit.start(); submit.join()\n"
+)
+
+
+@pytest.mark.parametrize("code, start", [(0, HANGING), (1, HANGING), (75, HANGING), (1, POOL)])
+def test_a_thread_that_hangs_does_not_keep_a_program_that_is_over(code, start):
     program = (
         "import threading, time\n"
         "from stvit_jax import command_line\n"
         "command_line.PATIENCE = 0.5\n"
-        "threading.Thread(target=time.sleep, args=(1000,)).start()\n"
+        f"{start}"
         f"print('done', end='')\ncommand_line.entry(lambda: {code})\n"
     )
     command = [sys.executable, "-c", program]

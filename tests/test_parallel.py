@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from stvit_jax import parallel
+from stvit_jax import parallel, places
 from stvit_jax.errors import UserError
 
 DETERMINISTIC = """
@@ -43,6 +43,30 @@ def test_flags_are_known_to_xla_and_keep_those_of_the_user(tmp_path) -> None:
     own = "--xla_gpu_nccl_termination_timeout_seconds=7"
     assert run_with(own, tmp_path)[0] == own
     assert sum("nccl_termination" in word for word in run_with(own, tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    "flags, workdir, words",
+    [
+        (
+            "--xla_gpu_exclude_nondeterministic_ops=false",
+            "/w",
+            "is not honoured on a GPU: XLA_FLAGS",
+        ),
+        ("--xla_gpu_exclude_nondeterministic_ops=true", "/w", None),
+        ("", "gs://a-bucket/run", "the choices of autotuning are not kept in a bucket"),
+    ],
+)
+def test_where_deterministic_cannot_be_honoured_it_is_said(
+    monkeypatch, capsys, flags, workdir, words
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    before = jax.config.jax_enable_x64
+    parallel.prepare(x64=before, deterministic=True, workdir=places.of(workdir))
+    said = capsys.readouterr().err
+    assert words in said if words else said == ""
+    assert os.environ["XLA_FLAGS"].count("xla_gpu_exclude_nondeterministic_ops") == 1
+    assert ("gs:" in os.environ["XLA_FLAGS"]) is False
 
 
 def test_a_batch_is_split_evenly(monkeypatch) -> None:

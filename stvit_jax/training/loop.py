@@ -57,6 +57,7 @@ def train(
     """
     step = start = int(state.step)
     meter.restart_clock(step)
+    latest: dict[str, jax.Array] = {}
     devices = "the devices, or the other processes" if cluster.joined() else "the devices"
 
     def save_last() -> None:
@@ -85,6 +86,9 @@ def train(
             watchdog.at(devices)
             state, metrics = train_step(state, batch, key)
             stop.arm()
+            # The host is one step ahead, not many: each that a device ends is a sign of life.
+            before, latest = latest, metrics
+            jax.block_until_ready(before)
             step += 1
             meter.add(step, metrics)
             if plan.logs(step - 1):

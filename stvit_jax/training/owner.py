@@ -72,7 +72,7 @@ class Claim:
         with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
             content: dict[str, Any] = json.loads(text)
             fields = {f.name: f.type(content[f.name]) for f in dataclasses.fields(cls)}
-            return cls(**fields)
+            return cls(**fields) if 0 <= fields["since"] < 1e11 else None
         return None
 
     def __str__(self) -> str:

@@ -303,8 +303,18 @@ def test_a_dead_process_ends_the_others_and_the_same_command_continues(
     run.programs[1].send(signal.SIGKILL)
     began = time.monotonic()
     assert run.programs[0].wait(120) != 0 and time.monotonic() - began < 120
-    saved = max(int(path.name) for path in (tmp_path / "run/checkpoints").glob("[0-9]*"))
+    *_, saved, newest = sorted(
+        int(path.name) for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdecimal()
+    )
+    # All agree on what is sound, too.
+    largest = max(
+        (tmp_path / f"run/checkpoints/{newest}").rglob("*"), key=lambda p: p.stat().st_size
+    )
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
     run = start(2, tmp_path / "run")
     assert run.wait() == [0, 0], run.output
+    assert run.output.count(f"checkpoints/{newest} is damaged") == 1
     assert f"continuing after step {saved}" in run.programs[0].output
     assert_same_losses(tmp_path / "run", alone)

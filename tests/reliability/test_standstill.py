@@ -128,7 +128,8 @@ def test_r13_an_owner_on_another_machine_that_lives_is_respected(tmp_path, monke
 
 
 def test_r13_what_is_no_claim_is_nobodys(tmp_path):
-    for text in (b"", b"[]", b"{", b'{"token": 3}', b"\xff\xfe"):
+    unreal = json.dumps(elsewhere(tmp_path).__dict__ | {"since": 1e400}).encode()
+    for text in (b"", b"[]", b"{", b'{"token": 3}', b"\xff\xfe", unreal):
         (tmp_path / "owner.json").write_bytes(text)
         with Owner(tmp_path):
             pass
