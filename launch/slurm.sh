@@ -8,7 +8,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
 #SBATCH --time=24:00:00
-#SBATCH --output=runs/%x-%j.log
+#SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 # May be put back into the queue, and keeps its number: the same workdir, the same log.
 #SBATCH --requeue
@@ -16,7 +16,8 @@
 # "B:" it goes to the processes of srun, not to this shell.
 #SBATCH --signal=USR1@120
 #
-# Follow it:   tail -f runs/stvit-JOBID.log; scancel --signal=TERM JOBID stops and saves it.
+# Follow it:   tail -f stvit-JOBID.log
+# End it:      scancel JOBID; SIGTERM comes first, and with it KillWait (30 seconds) to save.
 # Curves:      metrics.jsonl and TensorBoard files in the workdir.
 set -uo pipefail
 
@@ -27,9 +28,9 @@ export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/stvi
 # shellcheck source=/dev/null
 if [ -f .venv/bin/activate ]; then . .venv/bin/activate; fi
 
-# A process that fails takes the others with it at once, instead of after a minute of silence. A
-# stop is no failure: all of them end with 75 then.
-srun --kill-on-bad-exit=1 python train.py --config "$CONFIG" --workdir "$WORKDIR" \
+# Where one process fails, the others end by themselves, within two minutes. SLURM must not end them:
+# the first that ends with 75 would take along those that are about to.
+srun --kill-on-bad-exit=0 python train.py --config "$CONFIG" --workdir "$WORKDIR" \
     --config.data.dir="$DATA_DIR" "$@"
 code=$?
 

@@ -19,16 +19,22 @@ case "${1:-}" in
 create)
     gcloud compute tpus tpu-vm create "$NAME" --zone "$ZONE" \
         --accelerator-type "$TYPE" --version "$VERSION"
-    everywhere "sudo apt-get update -q && sudo apt-get install -qy gcsfuse python3-venv
-        git clone -q $REPOSITORY stvit_jax && cd stvit_jax && python3 -m venv .venv
+    everywhere "set -e
+        command -v gcsfuse || { echo 'install gcsfuse first, see its page'; exit 1; }
+        sudo apt-get update -q
+        sudo apt-get install -qy python3-venv
+        git clone -q $REPOSITORY stvit_jax
+        cd stvit_jax
+        python3 -m venv .venv
         .venv/bin/pip install -q -r requirements.txt 'jax[tpu]' gcsfs
         sudo mkdir -p /mnt/data && sudo chown \$USER /mnt/data"
     ;;
 start)
     # A unit of systemd outlives the connection. It starts again after whatever went wrong and after
     # a stop (75), and not after the end (0): the same command continues.
-    everywhere "mountpoint -q /mnt/data || gcsfuse -o ro --implicit-dirs ${BUCKET#gs://} /mnt/data
-        sudo systemctl reset-failed stvit 2>/dev/null
+    everywhere "set -e
+        mountpoint -q /mnt/data || gcsfuse -o ro --implicit-dirs ${BUCKET#gs://} /mnt/data
+        sudo systemctl reset-failed stvit 2>/dev/null || true
         sudo systemd-run --unit=stvit --uid=\$USER --working-directory=\$PWD/stvit_jax \
             --property=Restart=on-failure --property=RestartSec=15 \
             --property=StartLimitIntervalSec=3600 --property=StartLimitBurst=20 \

@@ -1,10 +1,13 @@
 """launch/: scripts that are sound, commands that the program takes, and SLURM with a stand-in."""
 
+import contextlib
 import os
+import random
 import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +20,7 @@ from stvit_jax import command_line
 from tests.program import NARROW, ROOT, WITHOUT_TENSORFLOW, metrics
 
 LAUNCH = ROOT / "launch"
+FIRST_PORT = 2**16 - 2**12  # of those that JAX takes, by the job's number
 # Starts the tasks of a step as srun does, and ends with the highest of their exit codes.
 SRUN = """#!{python}
 import os, subprocess, sys
@@ -69,6 +73,18 @@ def test_commands_are_those_of_the_program(file: Path) -> None:
     assert str(config.data.dir).startswith("/") and str(workdir)
 
 
+def free_job() -> int:
+    """The number of a job whose port is free."""
+    for job in random.sample(range(2**12), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", FIRST_PORT + job))
+            return job
+    raise AssertionError("no port is free")
+
+
+JOB = free_job()
+
+
 @pytest.fixture
 def slurm(tmp_path, digits_dir):
     """Starts `launch/slurm.sh` with flags and a number of tasks."""
@@ -87,8 +103,7 @@ def slurm(tmp_path, digits_dir):
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "PIDS": str(tmp_path / "pids"),
         "REQUEUED": str(tmp_path / "requeued"),
-        # The coordinator's port comes from it.
-        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_ID": str(JOB),
         "USER": "somebody",
     }
 
@@ -115,7 +130,7 @@ def test_under_slurm_it_stops_is_put_back_and_continues(slurm, tmp_path) -> None
         os.kill(int(pid), signal.SIGUSR1)
     output = job.stdout.read()
     assert job.wait(120) == 75, output
-    assert (tmp_path / "requeued").read_text().split() == ["requeue", str(os.getpid())]
+    assert (tmp_path / "requeued").read_text().split() == ["requeue", str(JOB)]
     assert "stopped; back into the queue" in output
     (tmp_path / "requeued").unlink()
     deadline = time.monotonic() + 120
