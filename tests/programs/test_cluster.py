@@ -96,7 +96,11 @@ def test_two_processes_are_one_run(start, alone, tmp_path) -> None:
     assert run.wait() == [0, 0], run.output
     assert_same_losses(tmp_path / "run", alone)
     assert len(metrics(tmp_path / "run")) == len(metrics(alone))  # one of them writes
-    first, second = ([x for x in p.output.splitlines() if "Gloo" not in x] for p in run.programs)
+    # Gloo's threads write what they like, and into each other's lines.
+    first, second = (
+        [x for x in p.output.splitlines() if not re.search("Gloo|peer ranks|^ *$", x)]
+        for p in run.programs
+    )
     assert first[0] == "process 0 of 2: 2 of 4 x cpu"
     assert second == ["process 1 of 2: 2 of 4 x cpu"]
     assert first[-1].startswith(f"done: step {STEPS} of {STEPS}")
