@@ -209,6 +209,7 @@ def test_damaged_and_unfinished_checkpoints_are_named_and_the_one_before_used(
     assert_equal_runs(emulator.path(workdir), straight)
 
 
+@pytest.mark.slow
 def test_a_storage_that_dies_in_a_save_costs_no_step(start, straight, emulator) -> None:
     """Killed in the middle of a save, back after seconds, with what it had."""
     workdir = f"gs://{BUCKET}/killed"

@@ -299,6 +299,7 @@ def test_a_process_that_compiles_for_longer_is_waited_for(start, alone, tmp_path
     assert_same_losses(tmp_path / "run", alone)
 
 
+@pytest.mark.slow
 def test_a_dead_process_ends_the_others_and_the_same_command_continues(
     start, alone, tmp_path
 ) -> None:

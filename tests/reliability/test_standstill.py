@@ -53,6 +53,7 @@ def test_r14_a_storage_that_hangs_is_named_and_the_program_ends(start, tmp_path)
     assert code == 1, program.output
 
 
+@pytest.mark.slow
 def test_r14_slow_is_not_hung(start, straight, tmp_path):
     """Steps that take as long as five before are waited for."""
     program = start(tmp_path, "--config.stall_after=3")
