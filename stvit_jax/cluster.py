@@ -161,22 +161,23 @@ def told(text: str) -> str:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """A block that ends in all processes alike: a UserError of one of them is one of all."""
-    own: UserError | None = None
+    """A block that ends in all processes alike: what goes wrong in one of them ends it in all."""
+    own: Exception | None = None
     try:
         yield
-    except UserError as error:
+    except Exception as error:
         own = error
     agree_on(own)
 
 
-def agree_on(fault: UserError | None) -> None:
+def agree_on(fault: Exception | None) -> None:
     """Ends all processes where one has met a fault; all have to ask.
 
     Raises:
-      UserError: its own, or the first of another's, with the number.
+      Exception: its own.
+      UserError: the first of another's, with the number.
     """
-    faults = gather(str(fault) if fault else "")
+    faults = gather((str(fault) or type(fault).__name__) if fault else "")
     if fault:
         raise fault
     for process, text in enumerate(faults):
