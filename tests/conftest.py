@@ -99,9 +99,9 @@ def random_variables() -> Callable[..., dict[str, Any]]:
     return draw
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def start(digits_dir, tmp_path_factory):
-    """Starts the program; all runs of the module share compiled programs."""
+    """Starts the program on the digits; all such runs share compiled programs."""
     cache = tmp_path_factory.mktemp("compiled")
 
     def start(workdir: Path, *flags: str, **options: Any) -> Program:
@@ -122,7 +122,7 @@ def start(digits_dir, tmp_path_factory):
     return start
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def straight(start, tmp_path_factory) -> Path:
     """The workdir of a run that nobody stopped."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
