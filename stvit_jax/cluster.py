@@ -13,6 +13,7 @@ import dataclasses
 import importlib.util
 import itertools
 import os
+import signal
 import socket
 import sys
 import threading
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from stvit_jax import console
-from stvit_jax.errors import UserError, one_line
+from stvit_jax.errors import UserError, described, one_line
 
 JOINING = 50  # seconds that all processes have to find each other
 WAITING = 600  # seconds that one that is ready waits for the others
@@ -99,6 +100,9 @@ def join(membership: Membership | None) -> None:
                 f"process 0 counts {jax.process_count()} processes, and this one was started with "
                 f"--num_processes {membership.processes}: give the same number to all"
             )
+        if jax.process_count() == 1:  # a slice of one host, say
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # JAX has taken it
+            return
         console.number = jax.process_index()
         barrier(JOINING)
     console.say(
@@ -109,9 +113,9 @@ def join(membership: Membership | None) -> None:
 
 
 def joined() -> bool:
-    """Whether there may be other processes."""
+    """Whether there are other processes."""
     jax = sys.modules.get("jax")  # who has not imported it has not joined
-    return jax is not None and jax.distributed.is_initialized()
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
@@ -174,12 +178,14 @@ def agree_on(fault: Exception | None) -> None:
     """Ends all processes where one has met a fault; all have to ask.
 
     Raises:
-      Exception: its own.
-      UserError: the first of another's, with the number.
+      UserError: its own, or the first of another's, with the number. Among several processes it
+        stands for any other kind.
     """
     faults = gather((str(fault) or type(fault).__name__) if fault else "")
-    if fault:
+    if isinstance(fault, UserError) or (fault and not joined()):
         raise fault
+    if fault:  # of the kind that the others raise: what follows has to be the same
+        raise UserError(described(fault)) from fault
     for process, text in enumerate(faults):
         if text:
             raise UserError(f"process {process}: {text}")

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from stvit_jax import cluster, parallel
+from stvit_jax import cluster, parallel, places
 from stvit_jax.checkpoints import weights
 from stvit_jax.console import say, warn
 from stvit_jax.data.loader import eval_batches
@@ -95,32 +95,51 @@ class Evaluator:
         return Share(batches, examples, len(slots), -(-len(examples.source) // size))
 
 
+def read_alike(path: str | Path, ema: bool) -> weights.Weights:
+    """The weights at a path that all processes see.
+
+    Raises:
+      UserError: there are none that can be read, in one of them or in all.
+    """
+    own = "of a run" if workdir.has_checkpoints(places.of(path)) else "a file, or nothing"
+    first = cluster.told(own)
+    with cluster.together():
+        if own != first:
+            raise UserError(f"{path} is {own} here, and {first} in process 0: share it")
+    if own == "of a run":
+        return weights.read(path, ema)  # agrees by itself on what is sound
+    with cluster.together():
+        return weights.read(path, ema)
+
+
 def evaluate_only(
     config: ConfigDict, where: Path, task: Task, evaluator: Evaluator, mesh: Mesh
 ) -> int:
     """Evaluates `init_from`, or the newest checkpoint of the workdir, raw and EMA; only reads."""
-    if not config.init_from and not workdir.has_checkpoints(where):
-        raise UserError(
-            f"there is no checkpoint in {where} to evaluate: name weights with "
-            "--config.init_from=PATH, or the workdir of a run"
-        )
+    with cluster.together():
+        if not config.init_from and not workdir.has_checkpoints(where):
+            raise UserError(
+                f"there is no checkpoint in {where} to evaluate: name weights with "
+                "--config.init_from=PATH, or the workdir of a run"
+            )
     path = config.init_from or where
     abstract = jax.eval_shape(task.init, jax.random.key(0))
 
     def adopted(ema: bool) -> tuple[Variables, weights.Weights]:
-        found = weights.read(path, ema)
-        variables = task.adopt(abstract, found, True)
+        found = read_alike(path, ema)
+        with cluster.together():
+            variables = task.adopt(abstract, found, True)
         return jax.device_put(variables, parallel.replicated(mesh)), found
 
     variables = {}
-    with cluster.together():
-        variables[RAW], found = adopted(config.init_from_ema)
-        if not config.init_from and config.ema_decay:
-            variables[AVERAGED], _ = adopted(True)
+    variables[RAW], found = adopted(config.init_from_ema)
+    if not config.init_from and config.ema_decay:
+        variables[AVERAGED], _ = adopted(True)
     images = sum(len(e.examples.source) for e in task.evaluations)
     names = ", ".join(e.examples.source.name for e in task.evaluations)
     try:
-        workdir.make(where)
+        if cluster.is_first():
+            workdir.make(where)
     except UserError as error:  # one that may only be read can be evaluated all the same
         warn(f"{error}; the result will be on the console only")
         where = None

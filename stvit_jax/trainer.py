@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from stvit_jax import cluster, parallel
-from stvit_jax.checkpoints import weights
 from stvit_jax.checkpoints.manager import Checkpoints
 from stvit_jax.config import check_same_recipe, to_json
 from stvit_jax.console import say, warn
@@ -22,7 +21,7 @@ from stvit_jax.data.loader import train_batches
 from stvit_jax.data.prefetch import DevicePrefetch, device_prefetch
 from stvit_jax.data.share import Share, share_spec
 from stvit_jax.errors import UserError, listing
-from stvit_jax.evaluator import Evaluator
+from stvit_jax.evaluator import Evaluator, read_alike
 from stvit_jax.models.settings import UNOPTIMIZED
 from stvit_jax.plans import Plans, train_step_of
 from stvit_jax.training import loop, workdir
@@ -84,7 +83,7 @@ class Trainer:
             if cluster.is_first():
                 keep_lines(self._where, step, evaluated or not self._plan.evaluates(step))
                 self._writer = MetricWriter(self._where)
-                stack.callback(self._writer.close)
+                stack.callback(lambda: self._writer.close())
             step = self._train(stack, state, notes, evaluated)
         if self._watchdog.stalled and not self._stop.requested:
             raise UserError(
@@ -185,7 +184,9 @@ class Trainer:
         state = jax.jit(moved, out_shardings=parallel.replicated(self._mesh))(state)
         self._done.forget_after(step)
         if self._writer:
+            self._writer.close()  # lines that wait in it are of what is undone
             keep_lines(self._where, step, True)
+            self._writer = MetricWriter(self._where)
             counts = {"train/skipped": found.step - step}
             self._writer.write(found.step, self._plan.epoch(found.step), counts)
         # At once: who is stopped here must not come to it again, nor forget how often it happened.
@@ -235,9 +236,8 @@ class Trainer:
             step, state, notes = restored
             say(f"continuing after step {step}")
             return state, notes
-        with cluster.together():
-            path, ema = config.init_from, config.init_from_ema
-            found = weights.read(path, ema) if path else None
+        path, ema = config.init_from, config.init_from_ema
+        found = read_alike(path, ema) if path else None
         options = UNOPTIMIZED if jax.default_backend() == "cpu" else None
         make = jax.jit(lambda key: create(key=key), out_shardings=whole, compiler_options=options)
         state = make(key)

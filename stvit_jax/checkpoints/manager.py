@@ -253,7 +253,7 @@ class Checkpoints:
         if self._manager:
             with contextlib.suppress(Exception):
                 self._manager.close()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):
                 self._manager = self._open()
         if self._failures == _FAILURES_IN_A_ROW:
             raise UserError(

@@ -34,8 +34,14 @@ _TRACES = (_ORBAX, "OCDBT", "tensorstore")
 
 def checkpointer() -> ocp.Checkpointer:
     """Reads and writes directories of several items."""
-    options = ocp.CompositeOptions(async_options=_in_the_foreground())
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(composite_options=options))
+    # Every process by itself: where one fails, others would wait for it in Orbax's barriers.
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    options = ocp.CompositeOptions(
+        async_options=_in_the_foreground(), multiprocessing_options=alone
+    )
+    handler = ocp.CompositeCheckpointHandler(composite_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def manager(directory: Path, keep: int) -> ocp.CheckpointManager:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ PyTree = Any
 Select = Callable[[Path, dict[str, str]], PyTree]
 
 # What the system refuses, or has no room for, says nothing about the checkpoint.
+_VISIBLE_WITHIN = 15  # seconds
 _MOST_TRIED = 100  # of a run's newest checkpoints
 _NOT_DAMAGE = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
@@ -93,6 +95,8 @@ def read_newest(directory: Path, select: Select) -> Found | None:
     for position in _agreed_positions(directory):
         fault, read = "", None
         with cluster.together():
+            if not cluster.is_first():
+                _await(directory / str(position))
             try:
                 read = read_at(directory, position, select)
             except DamagedError as error:
@@ -117,6 +121,19 @@ def _agreed_positions(directory: Path) -> list[int]:
         if cluster.is_first():
             found = positions(directory)[:_MOST_TRIED]
     return json.loads(cluster.told(json.dumps(found)))
+
+
+def _await(path: Path) -> None:
+    """Waits for what process 0 sees: file systems of networks show what is new a little later.
+
+    Raises:
+      UserError: it is not to be seen here.
+    """
+    deadline = time.monotonic() + _VISIBLE_WITHIN
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise UserError(f"checkpoint {path} is not to be seen here: share that folder")
+        time.sleep(0.5)
 
 
 def read_at(directory: Path, position: int, select: Select) -> tuple[PyTree, dict[str, Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 from stvit_jax import cluster
 from stvit_jax.data.examples import Batch, Examples, Spec, batch_spec, zeros
 from stvit_jax.data.loader import Batches
-from stvit_jax.errors import UserError
+from stvit_jax.errors import UserError, described
 
 
 def share_spec(examples: Examples) -> Spec:
@@ -43,8 +43,10 @@ class Share(Iterator[Batch]):
         if self.fault is None:
             try:
                 return next(self._batches) | {"fault": mark}
-            except UserError as fault:
-                self.fault = fault
+            except StopIteration:
+                raise
+            except Exception as fault:  # whatever it is, the others must not wait
+                self.fault = fault if isinstance(fault, UserError) else UserError(described(fault))
         return self._empty | {"fault": ~mark}
 
     def agree(self) -> None:

@@ -208,6 +208,19 @@ def test_evaluation_alone_by_two_processes(start, alone, tmp_path) -> None:
         assert line[key] == metrics(alone)[-1][key]
 
 
+def test_two_processes_start_from_weights_that_both_see(start, alone, tmp_path) -> None:
+    run = start(2, tmp_path / "run", "--config.steps=2", f"--config.init_from={alone}")
+    assert run.wait() == [0, 0], run.output
+    assert f"starting from {alone}" in run.programs[0].output
+    first = values(tmp_path / "run", "train/loss")[1]
+    assert first != values(alone, "train/loss")[1]
+    own = {1: [f"--config.init_from={tmp_path / 'nothing'}"]}
+    run = start(2, tmp_path / "other", f"--config.init_from={alone}", own=own)
+    assert run.wait(120) == [1, 1], run.output
+    (told,), silent = errors(run)
+    assert "is a file, or nothing here, and of a run in process 0: share it" in told and not silent
+
+
 SLOTS = """
 import sys
 import jax, numpy as np
