@@ -110,7 +110,7 @@ def test_a_stop_of_one_stops_all_and_other_numbers_of_processes_continue(
     start, alone, tmp_path
 ) -> None:
     workdir = tmp_path / "run"
-    four = start(4, workdir, devices=1)
+    four = start(4, workdir)
     four.programs[0].read_until("step 3/")
     four.programs[2].send(signal.SIGTERM)
     assert four.wait(60) == [75] * 4, four.output
