@@ -101,7 +101,8 @@ def read_alike(path: str | Path, ema: bool) -> weights.Weights:
     Raises:
       UserError: there are none that can be read, in one of them or in all.
     """
-    own = "of a run" if workdir.has_checkpoints(places.of(path)) else "a file, or nothing"
+    with cluster.together():
+        own = "of a run" if workdir.has_checkpoints(places.of(path)) else "a file, or nothing"
     first = cluster.told(own)
     with cluster.together():
         if own != first:

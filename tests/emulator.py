@@ -3,6 +3,7 @@
 Run as a program it serves a folder on a port.
 """
 
+import signal
 import socket
 import subprocess
 import sys
@@ -49,6 +50,14 @@ class Emulator:
         """As kill -9; `start` goes on with the same objects."""
         self._process.kill()
         self._process.wait()
+
+    def suspend(self) -> None:
+        """From now on it takes requests and answers none."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Goes on after `suspend`."""
+        self._process.send_signal(signal.SIGCONT)
 
     def forget(self, address: str) -> None:
         """Removes an object, as somebody else who uses the bucket does."""

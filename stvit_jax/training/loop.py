@@ -18,8 +18,8 @@ from stvit_jax.training.watchdog import Watchdog
 def train(
     state: TrainState,
     batches: Iterator[Batch],
-    waits_for: Callable[[], str],
     *,
+    waits_for: Callable[[], str],
     plan: Plan,
     train_step: TrainStep,
     key: jax.Array,

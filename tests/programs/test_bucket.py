@@ -209,6 +209,23 @@ def test_damaged_and_unfinished_checkpoints_are_named_and_the_one_before_used(
     assert_equal_runs(emulator.path(workdir), straight)
 
 
+def test_a_storage_that_hangs_is_named_and_the_run_ends(start, emulator) -> None:
+    """R14: it takes what is saved, and never answers."""
+    flags = ("--config.stall_after=6", "--config.checkpoint_every=5")
+    program = start(f"gs://{BUCKET}/hung", *flags, "--config.steps=5000", "--config.epochs=300")
+    program.read_until("step 3/")
+    emulator.suspend()
+    try:
+        assert program.wait(90) == 1, program.output
+    finally:
+        emulator.resume()
+    assert re.search(
+        r"nothing has happened for 0:\d\d:\d\d: waiting for the storage", program.output
+    )
+    assert "error: still waiting for the storage" in program.output
+    assert "checkpoints/manager.py" in program.output  # the stacks
+
+
 @pytest.mark.slow
 def test_a_storage_that_dies_in_a_save_costs_no_step(start, straight, emulator) -> None:
     """Killed in the middle of a save, back after seconds, with what it had."""

@@ -40,19 +40,6 @@ def test_r14_a_loader_that_hangs_is_named_and_the_last_step_saved(start, straigh
     assert (tmp_path / "checkpoints" / step).is_dir()
 
 
-def test_r14_a_storage_that_hangs_is_named_and_the_program_ends(start, tmp_path):
-    """A pipe that nobody reads is in the place of a file that is to be written."""
-    program = start(tmp_path, IMPATIENT, "--config.checkpoint_every=1", *LONG)
-    program.read_until("step 3/")
-    (tmp_path / "evaluations.json").unlink(missing_ok=True)
-    checkpoints = tmp_path / "checkpoints"
-    hung = tmp_path / "hung"
-    checkpoints.rename(hung)
-    os.mkfifo(checkpoints)  # every look into it fails or waits
-    code = program.wait(120)
-    assert code == 1, program.output
-
-
 @pytest.mark.slow
 def test_r14_slow_is_not_hung(start, straight, tmp_path):
     """Steps that take as long as five before are waited for."""
