@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}  # the others name theirs: f32, s8, u4
-_TYPE = re.compile(r"\b(pred|bf16|c64|c128|[sfu]\d+)(?:e\d\w*)?\[([\d,]*)\]")
+TYPE = re.compile(r"\b(pred|bf16|c64|c128|[sfu]\d+)(?:e\d\w*)?\[([\d,]*)\]")
 _COLLECTIVE = re.compile(
     r" = (?P<type>.*?) (?P<kind>all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter|"
     r"collective-permute|collective-broadcast)(?P<start>-start)?\("
@@ -78,11 +78,11 @@ def _walk(named: dict[str, list[str]], name: str, times: int) -> Iterator[Collec
         branches = _BRANCHES.search(line)
         called += [("branch", b.strip(" %")) for b in branches[1].split(",")] if branches else []
         for how, callee in called:
-            turns = _turns(line, named, dict(called)) if how == "body" else 1
+            turns = turns(line, named, dict(called)) if how == "body" else 1
             yield from _walk(named, callee, times * turns)
 
 
-def _turns(line: str, named: dict[str, list[str]], called: dict[str, str]) -> int:
+def turns(line: str, named: dict[str, list[str]], called: dict[str, str]) -> int:
     """How often a loop turns: it is said, or its condition compares with one constant."""
     if known := _TRIPS.search(line):
         return int(known[1])
@@ -94,7 +94,7 @@ def _turns(line: str, named: dict[str, list[str]], called: dict[str, str]) -> in
 def _collective(found: re.Match, times: int) -> Collective:
     arrays = [
         (dtype, math.prod(int(side) for side in shape.split(",") if side))
-        for dtype, shape in _TYPE.findall(found["type"])
+        for dtype, shape in TYPE.findall(found["type"])
     ]
     if found["start"] and found["kind"] == "collective-permute":
         arrays = arrays[1:2]  # what is sent, what comes, and the state of the transfer
@@ -104,10 +104,11 @@ def _collective(found: re.Match, times: int) -> Collective:
         found["kind"],
         "+".join(sorted({dtype for dtype, _ in arrays})),
         sum(n for _, n in arrays),
-        sum(n * _bits(dtype) for dtype, n in arrays) // 8,
+        sum(n * bits(dtype) for dtype, n in arrays) // 8,
         times,
     )
 
 
-def _bits(dtype: str) -> int:
+def bits(dtype: str) -> int:
+    """Of an element."""
     return BITS.get(dtype) or int(dtype[1:])
