@@ -1,39 +1,112 @@
 """The depthwise 3x3 convolution of STViT, with its residual: x + conv(x).
 
-The network has it twice a block (positional encoding; inside the conv-FFN on 4C channels), always
-with the residual, which therefore lives inside: one is added to the centre tap. It is written as
-nine shifted multiply-adds, because libraries' depthwise convolutions are slow on CPU and, for the
-weight gradient above all, on GPU.
+The network has it twice a block (positional encoding; after the GELU of the conv-FFN, on 4C
+channels), always with the residual, which therefore lives inside: one is added to the centre tap.
+The plain form is nine shifted multiply-adds, because libraries' depthwise convolutions are slow on
+CPU and, for the weight gradient above all, on GPU. In bfloat16 a device may have a kernel instead.
 
-Everything is made of plain operations, so that derivatives of any order work in both modes. Only
-the derivative by x is written out: it decides what the gradient compiles to.
+The plain form is made of plain operations, so that derivatives of any order work in both modes.
+Only the derivative by x is written out: it decides what the gradient compiles to. Kernels have a
+gradient, and no more.
 
 Shapes: B images, H x W pixels, C channels.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from stvit_jax.ops import depthwise_gpu
+from stvit_jax.ops.partition import by_image
 from stvit_jax.ops.precision import wide
 
 _CENTRE = 4  # of the nine taps in row-major order
 
 
-@partial(jax.checkpoint, prevent_cse=False)  # the gradient keeps x, not its nine shifts
-def residual_depthwise3x3(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def residual_depthwise3x3(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, form: str = "plain"
+) -> jax.Array:
     """X + depthwise convolution of x with `kernel` + `bias`, padded with one zero on all sides.
 
     Args:
       x: (B, H, W, C).
       kernel: (3, 3, 1, C).
       bias: (C,).
+      form: as in `Kernels.depthwise`; where a kernel does not take x, the plain one is used.
 
     Returns:
       (B, H, W, C) in the dtype of `x`; sums are in at least float32, in the gradient too.
     """
-    taps = kernel.reshape(9, -1).astype(wide(x.dtype)).at[_CENTRE].add(1)
+    taps = _taps(kernel, x.dtype)
+    if has_kernel(form, x):
+        return _by_kernel(x, taps, bias.astype(taps.dtype), None, form)
+    return _plain(x, taps, bias)
+
+
+def gelu_residual_depthwise3x3(
+    x: jax.Array, before: jax.Array, kernel: jax.Array, bias: jax.Array, form: str = "plain"
+) -> jax.Array:
+    """`residual_depthwise3x3` of GELU(x + before); `before` is (C,), the rest as there."""
+    if has_kernel(form, x):
+        taps = _taps(kernel, x.dtype)
+        return _by_kernel(x, taps, bias.astype(taps.dtype), before.astype(taps.dtype), form)
+    return residual_depthwise3x3(gelu(x + before.astype(x.dtype)), kernel, bias)
+
+
+def has_kernel(form: str, x: jax.Array) -> bool:
+    """Whether the kernel of a form takes x (B, H, W, C)."""
+    if x.dtype != jnp.bfloat16:
+        return False
+    _, _, w, c = x.shape
+    return form == "mosaic_gpu" and depthwise_gpu.tiling(w, c) is not None
+
+
+def _taps(kernel: jax.Array, dtype: Any) -> jax.Array:
+    """(9, C), the residual among them, in at least float32."""
+    return kernel.reshape(9, -1).astype(wide(dtype)).at[_CENTRE].add(1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _by_kernel(
+    x: jax.Array, taps: jax.Array, bias: jax.Array, before: jax.Array | None, form: str
+) -> jax.Array:
+    weights = [taps, bias] if before is None else [taps, bias, before]
+
+    def forward(x: jax.Array, taps: jax.Array, bias: jax.Array, *before: jax.Array) -> tuple:
+        return (depthwise_gpu.gelu_depthwise(x, taps, bias, *before or [None]),)
+
+    return by_image(forward, (True, *[False] * len(weights)), x, *weights)[0]
+
+
+def _by_kernel_forward(x, taps, bias, before, form):  # noqa: ANN
+    return _by_kernel(x, taps, bias, before, form), (x, taps, before)
+
+
+def _by_kernel_backward(form: str, kept: tuple, dy: jax.Array) -> tuple:
+    x, taps, before = kept
+    weights = [taps] if before is None else [taps, before]
+
+    def backward(x: jax.Array, dy: jax.Array, taps: jax.Array, *before: jax.Array) -> tuple:
+        return depthwise_gpu.gelu_depthwise_gradient(x, taps, *before or [None], dy)
+
+    split = (True, True, *[False] * len(weights))
+    dx, sums = by_image(backward, split, x, dy, *weights)
+    sums = jnp.sum(sums, axis=0)
+    return dx, sums[:9], sums[9], None if before is None else sums[10]
+
+
+_by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
+
+
+@partial(jax.checkpoint, prevent_cse=False)  # the gradient keeps x, not its nine shifts
+def _plain(x: jax.Array, taps: jax.Array, bias: jax.Array) -> jax.Array:
     return _correlate(x, jnp.concatenate([taps, bias[None].astype(taps.dtype)]))
 
 

@@ -1,0 +1,56 @@
+"""Which form of an operation runs: a kernel, where the device has one, or plain XLA."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Kernels(NamedTuple):
+    """The forms of the operations that have several.
+
+    Attributes:
+      attention: among all pixels: "cudnn", or "plain".
+      depthwise: the depthwise convolutions: "mosaic_gpu" (Hopper), "pallas_tpu", or "plain".
+    """
+
+    attention: str = "plain"
+    depthwise: str = "plain"
+
+    def describe(self) -> str:
+        """For a line at the start of a run."""
+        words = {
+            "plain": "plain XLA",
+            "cudnn": "cuDNN",
+            "mosaic_gpu": "own kernels (Mosaic GPU)",
+            "pallas_tpu": "own kernels (Pallas TPU)",
+        }
+        return f"attention: {words[self.attention]}; depthwise: {words[self.depthwise]}"
+
+
+PLAIN = Kernels()
+
+
+def kernels_of(dtype: Any, device: Any = None) -> Kernels:
+    """What suits a compute dtype on a device: bfloat16 has kernels, everything else is plain.
+
+    Args:
+      dtype: of the maps.
+      device: None: JAX's default device, which may be looked for here for the first time.
+    """
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return PLAIN
+    if device is None:
+        device = jax.config.jax_default_device
+    if device is None or isinstance(device, str):
+        device = jax.devices(device)[0]
+    if device.platform == "tpu":
+        return Kernels(depthwise="pallas_tpu")
+    if device.platform != "gpu" or "." not in str(capability := device.compute_capability):
+        return PLAIN  # AMD's names of architectures have no dot
+    generation = int(capability.split(".")[0])
+    return Kernels(
+        attention="cudnn" if generation >= 8 else "plain",  # Ampere and later
+        # wgmma's generation is its own: sm_90a runs on nothing else.
+        depthwise="mosaic_gpu" if generation == 9 else "plain",
+    )
