@@ -85,6 +85,7 @@ def base() -> ConfigDict:
     config.drop_path_schedule = ()  # ((epoch, rate), ...): from that epoch on
     config.freeze_batch_norm = False  # fine-tuning: running statistics used and kept, no drop path
     config.dtype = "bfloat16"  # of compute; float32, float64
+    config.kernels = "auto"  # in bfloat16 those that suit the device; plain: XLA's alone
     config.deterministic = False  # GPU: runs that repeat bit by bit, see parallel.py
     config.init_from = ""  # .pth, .safetensors, converted directory, workdir; gs:// too
     config.init_from_ema = False  # take its moving average
@@ -181,6 +182,7 @@ CHECKS: tuple[Check, ...] = (
     *_share("ema_decay", "label_smoothing", "data.max_bad_fraction"),
     Check("augment.erasing_probability", lambda v, _: 0 <= v <= 1, "it must be in [0, 1]"),
     _one_of("dtype", "bfloat16", "float32", "float64"),
+    _one_of("kernels", "auto", "plain"),
     _one_of("data.source", "tfds", "folder", "fake"),
     Check("data.dir", _is_local, _LOCAL),
     Check(

@@ -69,6 +69,20 @@ def _add_flags(*flags: str) -> None:
     os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
 
 
+def compiler_options(platform: str) -> dict[str, Any]:
+    """What XLA is told of a step; without it bfloat16 maps cross the memory in float32, and more.
+
+    Args:
+      platform: of the devices that it is compiled for: cpu, gpu, tpu.
+    """
+    # Else a result stays in float32 for the operation that takes it, and is written so.
+    options: dict[str, Any] = {"xla_allow_excess_precision": False}
+    if platform == "gpu":
+        # Queries, keys and values as one product would have to be copied apart.
+        options["xla_gpu_dot_merger_threshold_mb"] = 0
+    return options
+
+
 def make_mesh(batch_size: int, parts: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """All devices of all processes in a row, or those that are given.
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stvit_jax.errors import UserError, kind_of, one_line
+from stvit_jax.ops.kernels import Kernels
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 _REPR = reprlib.Repr()  # that of lists in lists may be endless
@@ -48,6 +49,12 @@ def _dtype(value: Any) -> np.dtype:
     return jnp.dtype(value)
 
 
+def _kernels(value: Any) -> str | Kernels:
+    if not isinstance(value, Kernels) and value not in ("auto", "plain"):
+        raise TypeError
+    return value
+
+
 # How a value is converted, which values are accepted, and how that is said.
 _Rule = tuple[Callable[[Any], Any], Callable[[Any], bool], str]
 _AT_LEAST_1: _Rule = (_whole, lambda value: value >= 1, "a whole number, at least 1")
@@ -62,6 +69,7 @@ _ONE: dict[str, _Rule] = {
     "in_chans": _AT_LEAST_1,
     "dtype": (_dtype, lambda value: True, f"one of {', '.join(_DTYPES)}"),
     "group_size": (_whole, lambda value: value >= 0, "a whole number, 0 for the whole batch"),
+    "kernels": (_kernels, lambda value: True, "'auto', 'plain' or stvit_jax.ops.kernels.Kernels"),
 }
 # Any number of whole numbers.
 _LISTED: dict[str, _Rule] = {

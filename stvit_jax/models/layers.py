@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from stvit_jax.errors import UserError
-from stvit_jax.ops.depthwise import residual_depthwise3x3
+from stvit_jax.ops.depthwise import gelu_residual_depthwise3x3, residual_depthwise3x3
+from stvit_jax.ops.kernels import Kernels
+from stvit_jax.ops.layer_norm import layer_norm
 from stvit_jax.ops.precision import wide
 
 Dtype = Any
@@ -85,17 +87,87 @@ class BatchNorm(nn.Module):
 
 
 class ResidualDepthwise(nn.Module):
-    """A biased depthwise 3x3 convolution and its residual."""
+    """A biased depthwise 3x3 convolution and its residual; `form` as in `Kernels.depthwise`."""
+
+    param_dtype: Dtype
+    form: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, before: jax.Array | None = None) -> jax.Array:
+        """Adds to `x` (B, H, W, C), or to GELU(x + before), its convolution."""
+        c = x.shape[-1]
+        kernel = self.param("kernel", uniform_fan_in(9), (3, 3, 1, c), self.param_dtype)
+        bias = self.param("bias", uniform_fan_in(9), (c,), self.param_dtype)
+        if before is None:
+            return residual_depthwise3x3(x, kernel, bias, self.form)
+        return gelu_residual_depthwise3x3(x, before, kernel, bias, self.form)
+
+
+class Product(nn.Module):
+    """A 1x1 convolution whose bias is left to what follows."""
+
+    features: int
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, before: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Maps (B, H, W, C) to (B, H, W, features), and the bias (features,).
+
+        `before` (C,) would have been added to x: what comes of it is in the bias.
+        """
+        init = uniform_fan_in(x.shape[-1])
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
+        bias = self.param("bias", init, (self.features,), self.param_dtype)
+        if before is not None:
+            bias = bias + jnp.dot(before, kernel, precision="highest")
+        return jnp.dot(x, kernel.astype(self.dtype)), bias
+
+
+class HeadProjections(nn.Module):
+    """The 1x1 convolution to queries, keys and values of h heads.
+
+    Its 3C output channels are laid out per head: [q, k, v] of head 0, then of head 1, ... It is
+    computed as three products, because splitting the result of one costs a copy of it, and only the
+    queries get their bias here. That of the keys adds the same to all logits of a query, which
+    softmax does not see; that of the values goes through attention, whose weights sum to 1, as it
+    is, and so is the caller's to add.
+    """
+
+    num_heads: int
+    use_bias: bool
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """Projects (B, N, C) to q, k, v, (B, N, h, C // h) each, and the bias of the values (C,)."""
+        c, h = x.shape[-1], self.num_heads
+        init = uniform_fan_in(c)
+        kernel = self.param("kernel", init, (c, 3 * c), self.param_dtype)
+        kernel = kernel.astype(self.dtype).reshape(c, h, 3, c // h)
+        q, k, v = (jnp.dot(x, kernel[:, :, i].reshape(c, c)) for i in range(3))
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", init, (3 * c,), self.param_dtype).reshape(h, 3, c // h)
+            q = q + bias[:, 0].reshape(c).astype(self.dtype)
+            bias = bias[:, 2].reshape(c)
+        return *(part.reshape(*x.shape[:2], h, c // h) for part in (q, k, v)), bias
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the channels, eps 1e-6."""
 
     param_dtype: Dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Adds to `x` (B, H, W, C) its convolution."""
-        c = x.shape[-1]
-        kernel = self.param("kernel", uniform_fan_in(9), (3, 3, 1, c), self.param_dtype)
-        bias = self.param("bias", uniform_fan_in(9), (c,), self.param_dtype)
-        return residual_depthwise3x3(x, kernel, bias)
+        """Normalises every pixel of `x` (..., C)."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+        return layer_norm(x, scale, bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +179,7 @@ class Layers:
 
     dtype: Dtype
     group_size: int
+    kernels: Kernels
 
     @property
     def param_dtype(self) -> Dtype:
@@ -141,6 +214,10 @@ class Layers:
             name=name,
         )
 
+    def qkv(self, num_heads: int, use_bias: bool) -> HeadProjections:
+        """The projections to queries, keys and values."""
+        return HeadProjections(num_heads, use_bias, self.dtype, self.param_dtype, name="qkv")
+
     def linear(self, c_out: int, name: str | None) -> nn.Dense:
         """A Linear layer, initialised as one; it computes in at least float32."""
         return nn.Dense(
@@ -153,11 +230,15 @@ class Layers:
 
     def depthwise(self, name: str) -> ResidualDepthwise:
         """A depthwise 3x3 convolution with its residual."""
-        return ResidualDepthwise(self.param_dtype, name=name)
+        return ResidualDepthwise(self.param_dtype, self.kernels.depthwise, name=name)
 
-    def layer_norm(self, name: str) -> nn.LayerNorm:
+    def product(self, c_out: int, name: str) -> Product:
+        """A 1x1 convolution, initialised as one, that hands its bias on."""
+        return Product(c_out, self.dtype, self.param_dtype, name=name)
+
+    def layer_norm(self, name: str) -> LayerNorm:
         """LayerNorm over the channels, eps 1e-6."""
-        return nn.LayerNorm(1e-6, self.dtype, self.param_dtype, use_fast_variance=False, name=name)
+        return LayerNorm(self.param_dtype, name=name)
 
     def batch_norm(self, name: str | None) -> BatchNorm:
         """BatchNorm per group of images."""

@@ -27,7 +27,9 @@ import jax.numpy as jnp
 from stvit_jax.errors import UserError, did_you_mean, kind_of, listing, one_line
 from stvit_jax.models import checks
 from stvit_jax.models.layers import Dtype, Layers
-from stvit_jax.ops import super_tokens
+from stvit_jax.ops import attention, super_tokens
+from stvit_jax.ops.depthwise import gelu
+from stvit_jax.ops.kernels import PLAIN, Kernels, kernels_of
 from stvit_jax.ops.precision import wide
 
 Rate = float | jax.Array
@@ -56,9 +58,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         num_classes=10,
     ),
 }
-
-
-gelu = partial(jax.nn.gelu, approximate=False)
 
 
 class PatchEmbed(nn.Module):
@@ -119,15 +118,19 @@ class SuperTokenAttention(nn.Module):
     def attend(self, x: jax.Array) -> jax.Array:
         """Multi-head self-attention of all tokens of `x` (B, H, W, C)."""
         b, height, width, c = x.shape
-        h, d = self.num_heads, c // self.num_heads
-        qkv = self.make.conv1x1(c, 3 * c, "qkv", self.qkv_bias)(x)
-        # Channels are laid out per head: [q, k, v] of head 0, then of head 1, ...
-        q, k, v = jnp.moveaxis(qkv.reshape(b, height * width, h, 3, d), 3, 0)  # (B, N, h, d)
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide(x.dtype))
-        attention = jax.nn.softmax(logits * d**-0.5, axis=-1)
-        self.sow("intermediates", "attention", attention)
-        y = jnp.einsum("bhqk,bkhd->bqhd", attention.astype(x.dtype), v)
-        return self.make.conv1x1(c, c, "proj")(y.reshape(b, height, width, c))
+        q, k, v, bias = self.make.qkv(self.num_heads, self.qkv_bias)(
+            x.reshape(b, height * width, c)
+        )
+        if self.is_mutable_collection("intermediates"):  # they are wanted, so they are computed
+            weights = attention.weights(q, k)
+            self.sow("intermediates", "attention", weights)
+            y = attention.attended(weights, v)
+        elif self.stoken_size == 1 and self.make.kernels.attention == "cudnn":
+            y = attention.cudnn(q, k, v)
+        else:
+            y = attention.plain(q, k, v)
+        y, bias = self.make.product(c, "proj")(y.reshape(b, height, width, c), bias)
+        return y + bias.astype(y.dtype)
 
 
 class ConvFFN(nn.Module):
@@ -140,8 +143,7 @@ class ConvFFN(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (B, H, W, C) to the same shape."""
         c = x.shape[-1]
-        x = gelu(self.make.conv1x1(c, self.hidden, "fc1")(x))
-        x = self.make.depthwise("conv")(x)
+        x = self.make.depthwise("conv")(*self.make.product(self.hidden, "fc1")(x))
         return self.make.conv1x1(self.hidden, c, "fc2")(x)
 
 
@@ -246,10 +248,14 @@ class STViT(nn.Module):
     dtype: Dtype = jnp.float32
     group_size: int = 0
     remat: Sequence[int] = ()
+    kernels: str | Kernels = "auto"
 
     def setup(self) -> None:
         """Makes the modules; their names are those of the published checkpoint."""
-        make = Layers(self.dtype, self.group_size)
+        kernels = self.kernels
+        if isinstance(kernels, str):
+            kernels = PLAIN if kernels == "plain" else kernels_of(self.dtype)
+        make = Layers(self.dtype, self.group_size, kernels)
         self.patch_embed = PatchEmbed(make, self.in_chans, self.embed_dim[0])
         self.layers = [
             Stage(

@@ -89,13 +89,9 @@ def aggregate(cells: jax.Array, association: jax.Array) -> jax.Array:
     Returns:
       (B, hh, ww, C), in the dtype of `cells`.
     """
-    parts = jnp.einsum(
-        "bhwpk,bhwpc->bhwkc",
-        association.astype(cells.dtype),
-        cells,
-        preferred_element_type=association.dtype,
-    )
+    parts = jnp.einsum("bhwpk,bhwpc->bhwkc", association.astype(cells.dtype), cells)
     mass = fold(jnp.sum(association, axis=3)[..., None])  # (B, hh, ww, 1)
+    parts = parts.astype(association.dtype)
     return (fold(parts) / (mass + 1e-12)).astype(cells.dtype)
 
 

@@ -29,6 +29,7 @@ from stvit_jax.errors import UserError, listing
 from stvit_jax.models.settings import absent
 from stvit_jax.models.settings import images as input_of
 from stvit_jax.models.stvit import STViT, create_model
+from stvit_jax.ops.kernels import PLAIN, kernels_of
 from stvit_jax.tasks import robustness
 from stvit_jax.training.task import Batch, Evaluation, Metrics, Picture, Task, Variables
 
@@ -52,12 +53,12 @@ def task(config: ConfigDict, mesh: Mesh) -> Task:
             len(source), config.batch_size, config.group_size, config.data.repeats
         ).steps_per_epoch
     if config.robustness:
-        model = create(config, robustness.CLASSES, "the robustness sets have")
+        model = create(config, mesh, robustness.CLASSES, "the robustness sets have")
         evaluations = robustness.evaluations(config, model)
     else:
         source = open_split(train=False)
         classes = tuple(source.class_names)
-        model = create(config, len(classes), f"{source.name} has")
+        model = create(config, mesh, len(classes), f"{source.name} has")
         evaluations = (evaluation(model, examples(config, source, len(classes), train=False)),)
     augment = partial(
         augment_batch,
@@ -83,8 +84,8 @@ def task(config: ConfigDict, mesh: Mesh) -> Task:
     )
 
 
-def create(config: ConfigDict, classes: int, whose: str) -> STViT:
-    """The network of a config, for so many classes.
+def create(config: ConfigDict, mesh: Mesh, classes: int, whose: str) -> STViT:
+    """The network of a config on a mesh, for so many classes.
 
     Raises:
       UserError: settings that make no network, or state another number of classes.
@@ -95,12 +96,15 @@ def create(config: ConfigDict, classes: int, whose: str) -> STViT:
             f"config.model.num_classes is {config.model.num_classes}, but {whose} {classes} "
             f"classes: leave it out, or set {classes}"
         )
+    dtype = jnp.dtype(config.dtype)
+    kernels = kernels_of(dtype, mesh.devices.flat[0]) if config.kernels == "auto" else PLAIN
     try:
         return create_model(
             config.model.name,
-            dtype=jnp.dtype(config.dtype),
+            dtype=dtype,
             group_size=config.group_size,
             remat=config.remat,
+            kernels=kernels,
             **settings,
         )
     except UserError as error:

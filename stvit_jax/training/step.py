@@ -149,4 +149,5 @@ def compile_step(
         out_shardings=whole,
         donate_argnums=0 if donate else (),
     )
-    return jitted.lower(state, batch, *rest).compile()
+    options = parallel.compiler_options(mesh.devices.flat[0].platform)
+    return jitted.lower(state, batch, *rest).compile(options)

@@ -1,0 +1,51 @@
+"""Multi-head attention among all tokens: plain, or by cuDNN, which keeps its matrices on chip.
+
+Shapes: B images, N tokens, h heads, d channels of a head.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from stvit_jax.ops.precision import wide_einsum
+
+
+def weights(q: jax.Array, k: jax.Array) -> jax.Array:
+    """The attention of every token, softmax(q k^T / sqrt(d)).
+
+    Args:
+      q: (B, N, h, d).
+      k: (B, N, h, d).
+
+    Returns:
+      (B, h, N, N), in at least float32.
+    """
+    logits = wide_einsum("bqhd,bkhd->bhqk", q, k)
+    return jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
+
+
+def attended(attention: jax.Array, v: jax.Array) -> jax.Array:
+    """What tokens take from v (B, N, h, d) by `attention` (B, h, N, N): like v."""
+    return jnp.einsum("bhqk,bkhd->bqhd", attention.astype(v.dtype), v)
+
+
+def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention of q, k, v (B, N, h, d) each, in plain XLA: (B, N, h, d)."""
+    return attended(weights(q, k), v)
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """As `plain`, in one kernel of cuDNN: bfloat16, on a GPU."""
+    # Its gradient takes an even number of tokens only.
+    return _cudnn(q, k, v) if q.shape[1] % 2 == 0 else _cudnn_forward(q, k, v)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+@jax.custom_vjp
+def _cudnn_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return _cudnn(q, k, v)
+
+
+_cudnn_forward.defvjp(lambda q, k, v: jax.vjp(plain, q, k, v), lambda pull, dy: pull(dy))
