@@ -129,7 +129,7 @@ def evaluate_only(
     def adopted(ema: bool) -> tuple[Variables, weights.Weights]:
         found = read_alike(path, ema)
         with cluster.together():
-            variables = task.adopt(abstract, found, True)
+            variables = task.fold(task.adopt(abstract, found, True))
         return jax.device_put(variables, parallel.replicated(mesh)), found
 
     variables = {}

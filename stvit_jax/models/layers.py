@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from stvit_jax.errors import UserError
-from stvit_jax.ops.depthwise import residual_depthwise3x3
+from stvit_jax.ops.depthwise import depthwise3x3, residual_depthwise3x3
 from stvit_jax.ops.precision import wide
 
 Dtype = Any
+
+EPSILON = 1e-5  # of BatchNorm
 
 
 def uniform_fan_in(fan_in: int) -> Callable:
@@ -62,7 +64,7 @@ class BatchNorm(nn.Module):
         # Deviations from the running mean: they keep the one-pass variance free of cancellation.
         x = x.astype(wide(x.dtype)) - mean.value
         if not train:
-            return (x * (jax.lax.rsqrt(var.value + 1e-5) * scale) + bias).astype(self.dtype)
+            return (x * (jax.lax.rsqrt(var.value + EPSILON) * scale) + bias).astype(self.dtype)
 
         groups = x.reshape(-1, self.group_size or x.shape[0], *x.shape[1:])  # (G, b, H, W, C)
         n = math.prod(groups.shape[1:4])
@@ -80,14 +82,35 @@ class BatchNorm(nn.Module):
             var.value = 0.9 * var.value + 0.1 * unbiased.astype(var.value.dtype)
             count.value = count.value + 1
         group_mean, group_var = (s[:, None, None, None] for s in (group_mean, group_var))
-        y = (groups - group_mean) * (jax.lax.rsqrt(group_var + 1e-5) * scale) + bias
+        y = (groups - group_mean) * (jax.lax.rsqrt(group_var + EPSILON) * scale) + bias
         return y.reshape(x.shape).astype(self.dtype)
 
 
+class ScaleShift(nn.Module):
+    """What a BatchNorm in inference is, its statistics taken into two constants a channel."""
+
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Scales and shifts (B, H, W, C); `train` is False."""
+        c = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (c,), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (c,), self.param_dtype)
+        return (x.astype(wide(x.dtype)) * scale + bias).astype(self.dtype)
+
+
+def folded_away(x: jax.Array, *, train: bool) -> jax.Array:
+    """In the place of a BatchNorm that the layer beside it has taken in."""
+    return x
+
+
 class ResidualDepthwise(nn.Module):
-    """A biased depthwise 3x3 convolution and its residual."""
+    """A biased depthwise 3x3 convolution and its residual; `folded`: the centre tap holds that."""
 
     param_dtype: Dtype
+    folded: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -95,7 +118,7 @@ class ResidualDepthwise(nn.Module):
         c = x.shape[-1]
         kernel = self.param("kernel", uniform_fan_in(9), (3, 3, 1, c), self.param_dtype)
         bias = self.param("bias", uniform_fan_in(9), (c,), self.param_dtype)
-        return residual_depthwise3x3(x, kernel, bias)
+        return (depthwise3x3 if self.folded else residual_depthwise3x3)(x, kernel, bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +126,12 @@ class Layers:
     """Makes every layer of one network: dtypes, initialisers and norms are stated here only.
 
     `name` is that of the layer in the variables; None where the caller's attribute names it.
+    `folded`: the layers of the network that `fold.py` makes.
     """
 
     dtype: Dtype
     group_size: int
+    folded: bool = False
 
     @property
     def param_dtype(self) -> Dtype:
@@ -153,12 +178,14 @@ class Layers:
 
     def depthwise(self, name: str) -> ResidualDepthwise:
         """A depthwise 3x3 convolution with its residual."""
-        return ResidualDepthwise(self.param_dtype, name=name)
+        return ResidualDepthwise(self.param_dtype, self.folded, name=name)
 
     def layer_norm(self, name: str) -> nn.LayerNorm:
         """LayerNorm over the channels, eps 1e-6."""
         return nn.LayerNorm(1e-6, self.dtype, self.param_dtype, use_fast_variance=False, name=name)
 
-    def batch_norm(self, name: str | None) -> BatchNorm:
-        """BatchNorm per group of images."""
-        return BatchNorm(self.group_size, self.dtype, self.param_dtype, name=name)
+    def batch_norm(self, name: str | None, foldable: bool = True) -> Callable[..., jax.Array]:
+        """BatchNorm per group of images; `foldable`: into the linear layer before or after it."""
+        if not self.folded:
+            return BatchNorm(self.group_size, self.dtype, self.param_dtype, name=name)
+        return folded_away if foldable else ScaleShift(self.dtype, self.param_dtype, name=name)

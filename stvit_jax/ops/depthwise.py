@@ -37,6 +37,12 @@ def residual_depthwise3x3(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> j
     return _correlate(x, jnp.concatenate([taps, bias[None].astype(taps.dtype)]))
 
 
+def depthwise3x3(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """The same without x itself: for a kernel whose centre tap holds the one."""
+    taps = kernel.reshape(9, -1).astype(wide(x.dtype))
+    return _correlate(x, jnp.concatenate([taps, bias[None].astype(taps.dtype)]))
+
+
 @jax.custom_jvp
 def _correlate(x: jax.Array, weights: jax.Array) -> jax.Array:
     """Nine taps on the shifts of x, and the bias; `weights` (10, C) are at least float32."""
