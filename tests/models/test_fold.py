@@ -14,6 +14,8 @@ from stvit_jax import torch_weights
 from stvit_jax.checkpoints import fit, weights
 from stvit_jax.errors import UserError
 from stvit_jax.models.settings import abstract
+from stvit_jax.models.stvit import PatchEmbed, Stage
+from stvit_jax.trees import leaves
 from tests.golden.golden_weights import images
 from tests.parity import assert_close, error
 
@@ -28,18 +30,21 @@ ODD = dict(
 )
 
 
-def everything(model, x):
-    return [*model.feature_maps(x), model.features(x), model(x)]
+def features_and_logits(model, x):
+    features = model.features(x)
+    return {"features": features, "logits": model.head(features)}
 
 
-def outputs(model, variables, x) -> dict[str, np.ndarray]:
-    """Maps, features, logits, and what is sown; by name."""
-    apply = partial(model.apply, method=everything, mutable=["intermediates"])
-    results, sown = jax.jit(apply)(variables, x)
-    named = {f"output {i}": result for i, result in enumerate(results)}
-    return named | {
-        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(sown)
-    }
+def outputs(model, variables, x) -> dict[str, jax.Array]:
+    """Stem, stages, features, logits, and what is sown; by name."""
+    apply = partial(
+        model.apply,
+        method=features_and_logits,
+        mutable=["intermediates"],
+        capture_intermediates=lambda module, _: isinstance(module, PatchEmbed | Stage),
+    )
+    results, state = jax.jit(apply)(variables, x)
+    return results | leaves(state["intermediates"])
 
 
 def in_dtype(variables, dtype):
@@ -74,19 +79,20 @@ def test_equals_the_network_in_float64(settings, random_variables):
         assert any(sown in name for name in expected)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_iter"])
-def test_equals_the_published_numbers(name, data_dir, golden_state, x64):
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name, size", [("tiny", (64, 64)), ("tiny_iter", (72, 56))])
+def test_equals_the_published_numbers(name, size, data_dir, golden_state):
     settings = json.loads((data_dir / f"{name}_config.json").read_text())
     model = stvit_jax.create_model("stvit_small", dtype=jnp.float64, **settings)
     folded, fewer = stvit_jax.fold_batch_norm(model, torch_weights.from_torch(golden_state(name)))
     golden = np.load(data_dir / f"{name}.npz")
-    for height, width in ((64, 64), (72, 56)):
-        x = batch(height, width, jnp.float64)
-        maps = jax.jit(partial(folded.apply, method=everything))(fewer, x)
-        ours = [np.moveaxis(y, -1, 1) if y.ndim == 4 else y for y in maps]
-        names = ["stage1", "stage2", "stage3", "stage4", "features", "logits"]
-        expected = {name: golden[f"{height}x{width}/{name}"] for name in names}
-        assert_close(dict(zip(names, ours, strict=True)), expected, 1e-9)
+    height, width = size
+    ours = outputs(folded, fewer, batch(height, width, jnp.float64))
+    maps = {"stem": ours["patch_embed/__call__/0"]}
+    maps |= {f"stage{i + 1}": ours[f"layers_{i}/__call__/0/0"] for i in range(4)}
+    ours |= {name: np.moveaxis(x, -1, 1) for name, x in maps.items()}
+    names = [*maps, "features", "logits"]
+    assert_close(ours, {name: golden[f"{height}x{width}/{name}"] for name in names}, 1e-9)
 
 
 @pytest.mark.parametrize("settings", [{}, ODD], ids=["tiny", "odd"])
