@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from stvit_jax import cluster, parallel, places
+from stvit_jax import cluster, parallel, places, programs
 from stvit_jax.checkpoints import weights
 from stvit_jax.console import say, warn
 from stvit_jax.data.loader import eval_batches
@@ -144,6 +144,7 @@ def evaluate_only(
     except UserError as error:  # one that may only be read can be evaluated all the same
         warn(f"{error}; the result will be on the console only")
         where = None
+    programs.describe()
     say(f"evaluating {found.source} on {images} images of {names}")
     try:
         metrics = evaluator(variables)

@@ -110,6 +110,24 @@ def test_a_run_of_a_version_that_kept_no_state_of_evaluations_goes_on(start, str
     assert list(values(tmp_path, "eval/top1")) == [22, 25, 30]
 
 
+def test_a_run_with_another_seed_compiles_nothing_anew(start, tmp_path):
+    """But for what makes its key, which takes no time. Kept in the user's cache folder."""
+    caches = {
+        "JAX_COMPILATION_CACHE_DIR": None,
+        "XDG_CACHE_HOME": str(tmp_path / "caches"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    folder, kept = tmp_path / "caches/stvit_jax", []
+    for seed in (0, 1):
+        flags = ("--config.steps=1", f"--config.seed={seed}")
+        program = start(tmp_path / f"run{seed}", *flags, **caches)
+        assert program.wait() == 0, program.output
+        assert program.output.count(f"compiled programs are kept in {folder}\n") == 1
+        kept.append({path.name for path in folder.iterdir()})
+    assert {"jit_train_step", "jit_measure"} <= {name.split("-")[0] for name in kept[0]}
+    assert {name.split("-")[0] for name in kept[1] - kept[0]} == {"jit_key"}
+
+
 def test_trains_where_tensorflow_is_missing(start, straight, tmp_path):
     """Prepares the data, too."""
     workdir = tmp_path / "run"
