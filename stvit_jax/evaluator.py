@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from stvit_jax import cluster, parallel, places
+from stvit_jax import cluster, parallel, places, programs
 from stvit_jax.checkpoints import weights
 from stvit_jax.console import say, warn
 from stvit_jax.data.loader import eval_batches
@@ -129,7 +129,7 @@ def evaluate_only(
     def adopted(ema: bool) -> tuple[Variables, weights.Weights]:
         found = read_alike(path, ema)
         with cluster.together():
-            variables = task.adopt(abstract, found, True)
+            variables = task.fold(task.adopt(abstract, found, True))
         return jax.device_put(variables, parallel.replicated(mesh)), found
 
     variables = {}
@@ -144,6 +144,7 @@ def evaluate_only(
     except UserError as error:  # one that may only be read can be evaluated all the same
         warn(f"{error}; the result will be on the console only")
         where = None
+    programs.describe()
     say(f"evaluating {found.source} on {images} images of {names}")
     try:
         metrics = evaluator(variables)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from stvit_jax import cluster, parallel, places, tasks
+from stvit_jax import cluster, parallel, places, programs, tasks
 from stvit_jax.config import validate
 from stvit_jax.data.files import allow_many_open
 from stvit_jax.errors import UserError
@@ -40,6 +40,7 @@ def run(
     x64 = config.dtype == "float64"
     parallel.prepare(x64=x64, deterministic=config.deterministic, workdir=where)
     cluster.join(membership)
+    programs.keep(deterministic=config.deterministic)
     if cluster.joined():
         stop.share()
     with cluster.together():

@@ -175,6 +175,7 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     Raises:
       UserError: leaves without a counterpart, or missing ones (both lists).
     """
+    check_unfolded(variables)
     state_dict = {}
     for path, leaf in _leaves(variables):
         pair, numbers = _find(path, _BY_OUR_NAME)
@@ -187,6 +188,15 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
         array = state_dict.get(name, _ONE_HOT.astype(dtype))  # only constant kernels are absent
         ordered[name] = np.asarray(array, order="C")
     return ordered
+
+
+def check_unfolded(variables: Mapping[str, Any]) -> None:
+    """Raises UserError for variables of `fold_batch_norm`: a part of the network is gone there."""
+    if "batch_stats" not in variables:
+        raise UserError(
+            "there are no batch_stats, as where a network is folded, and no form of weights holds "
+            "that: write the variables that fold_batch_norm was given"
+        )
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

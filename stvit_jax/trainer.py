@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from stvit_jax import cluster, parallel
+from stvit_jax import cluster, parallel, programs
 from stvit_jax.checkpoints.manager import Checkpoints
 from stvit_jax.config import check_same_recipe, to_json
 from stvit_jax.console import say, warn
@@ -208,6 +208,7 @@ class Trainer:
             f"{sum(len(e.examples.source) for e in task.evaluations)} to evaluate on; "
             f"workdir {where}"
         )
+        programs.describe()
         spanning = parallel.spanning_groups(
             config.batch_size, config.group_size, self._mesh.size, config.gradient_accumulation
         )

@@ -15,6 +15,8 @@ os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
 )
+# Programs that the tests start keep what they compile where a test says so, never in a home.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 # PyTorch's threads wait for each other on a busy machine: that made tests ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -40,16 +40,18 @@ class Program:
         config: str = "configs/digits.py",
         tensorflow: bool = False,
         devices: int = 1,
-        **environment: str,
+        **environment: str | None,
     ) -> None:
+        """`environment` are variables; None: without it."""
         command = [sys.executable, "train.py", "--config", config, "--workdir", str(workdir)]
         count = f"--xla_force_host_platform_device_count={devices}"
         environment = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {count}"} | environment
+        variables = os.environ | environment | ({} if tensorflow else WITHOUT_TENSORFLOW)
         self.output = ""
         self._process = subprocess.Popen(
             [*command, *flags],
             cwd=ROOT,
-            env=os.environ | environment | ({} if tensorflow else WITHOUT_TENSORFLOW),
+            env={name: value for name, value in variables.items() if value is not None},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

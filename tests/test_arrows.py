@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "stvit_jax"
-GROUND = {"errors", "console", "trees", "parallel", "places", "cluster"}
+GROUND = {"errors", "console", "trees", "parallel", "programs", "places", "cluster"}
 HALL = {"run", "trainer", "evaluator", "plans", "config", "command_line"}
 LEAVES = {"schedules", "torch_weights"}  # of the door, without weight
 WINGS = {"ops", "models", "data", "augment", "checkpoints", "training", "tasks"}
@@ -17,7 +17,7 @@ WINGS = {"ops", "models", "data", "augment", "checkpoints", "training", "tasks"}
 ARROWS = {
     "errors": set(),
     **dict.fromkeys(("console", "trees", "places"), {"errors"}),
-    "parallel": {"errors", "console", "places"},
+    **dict.fromkeys(("parallel", "programs"), {"errors", "console", "places"}),
     "cluster": {"errors", "console"},
     "config": {"errors", "places"},
     "command_line": {"config"} | GROUND,

@@ -141,6 +141,11 @@ def load_weights(model: STViT, path: str | Path, ema: bool = False) -> dict[str,
     Raises:
       UserError: as `read`, or they do not fit the network (all differences listed).
     """
+    if model.folded:
+        raise UserError(
+            "no weights are those of a folded network: load them into the network that is not "
+            "folded, and fold both: stvit_jax.fold_batch_norm(model, variables)"
+        )
     weights = read(path, ema)
     check_heads(model, weights)
     variables = abstract(model)

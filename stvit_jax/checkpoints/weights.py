@@ -124,8 +124,9 @@ def write(path: str | Path, weights: Weights) -> None:
 
     Raises:
       UserError: the path exists, is of a form that is not written, or cannot be written, or needs a
-        package that is missing.
+        package that is missing; or the weights are of a folded network.
     """
+    torch_weights.check_unfolded(weights.variables)
     as_directory = str(path).endswith("/")
     path = files.located(path)
     places.reach(path)

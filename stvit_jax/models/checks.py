@@ -145,6 +145,11 @@ def call_fits(model: Any, images: Any, *, train: bool, drop_path_rate: Any) -> N
       UserError: says what was given, and what would be right.
     """
     images_fit(images, model.in_chans)
+    if train and model.folded:
+        raise UserError(
+            "a folded network has no BatchNorm to train: train the network and the variables that "
+            "fold_batch_norm was given"
+        )
     dtype = jnp.dtype(model.dtype)
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise UserError(
@@ -199,6 +204,9 @@ def _variables_fit(model: Any, train: bool, drop_path_rate: Any) -> None:
     """Flax finds these as well, but names a layer deep in the network, and no remedy."""
     if model.is_mutable_collection("params"):
         return  # an initialisation by `apply`
+    if model.folded:
+        _folded_fit(model)
+        return
     for collection in ("params", "batch_stats"):
         if not model.has_variable(collection, "patch_embed"):
             raise UserError(
@@ -221,4 +229,14 @@ def _variables_fit(model: Any, train: bool, drop_path_rate: Any) -> None:
         raise UserError(
             "train=True with a drop path rate draws random numbers: call "
             "model.apply(..., train=True, rngs={'dropout': key})"
+        )
+
+
+def _folded_fit(model: Any) -> None:
+    """All names of folded variables are those of others as well: Flax would compute with either."""
+    stage = model.get_variable("params", "layers_0", {})
+    if not stage or "norm2" in stage.get("blocks_0", {}):
+        raise UserError(
+            "the variables are not those of a folded network: give what fold_batch_norm returned "
+            "with it, or fold them"
         )

@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from stvit_jax.errors import UserError
-from stvit_jax.ops.depthwise import gelu_residual_depthwise3x3, residual_depthwise3x3
+from stvit_jax.ops.depthwise import depthwise3x3
 from stvit_jax.ops.kernels import Kernels
 from stvit_jax.ops.layer_norm import layer_norm
 from stvit_jax.ops.precision import wide
 
 Dtype = Any
+
+EPSILON = 1e-5  # of BatchNorm
 
 
 def uniform_fan_in(fan_in: int) -> Callable:
@@ -64,7 +66,7 @@ class BatchNorm(nn.Module):
         # Deviations from the running mean: they keep the one-pass variance free of cancellation.
         x = x.astype(wide(x.dtype)) - mean.value
         if not train:
-            return (x * (jax.lax.rsqrt(var.value + 1e-5) * scale) + bias).astype(self.dtype)
+            return (x * (jax.lax.rsqrt(var.value + EPSILON) * scale) + bias).astype(self.dtype)
 
         groups = x.reshape(-1, self.group_size or x.shape[0], *x.shape[1:])  # (G, b, H, W, C)
         n = math.prod(groups.shape[1:4])
@@ -82,15 +84,39 @@ class BatchNorm(nn.Module):
             var.value = 0.9 * var.value + 0.1 * unbiased.astype(var.value.dtype)
             count.value = count.value + 1
         group_mean, group_var = (s[:, None, None, None] for s in (group_mean, group_var))
-        y = (groups - group_mean) * (jax.lax.rsqrt(group_var + 1e-5) * scale) + bias
+        y = (groups - group_mean) * (jax.lax.rsqrt(group_var + EPSILON) * scale) + bias
         return y.reshape(x.shape).astype(self.dtype)
 
 
+class ScaleShift(nn.Module):
+    """What a BatchNorm in inference is, its statistics taken into two constants a channel."""
+
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Scales and shifts (B, H, W, C); `train` is False."""
+        c = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (c,), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (c,), self.param_dtype)
+        return (x.astype(wide(x.dtype)) * scale + bias).astype(self.dtype)
+
+
+def folded_away(x: jax.Array, *, train: bool) -> jax.Array:
+    """In the place of a BatchNorm that the layer beside it has taken in."""
+    return x
+
+
 class ResidualDepthwise(nn.Module):
-    """A biased depthwise 3x3 convolution and its residual; `form` as in `Kernels.depthwise`."""
+    """A biased depthwise 3x3 convolution and its residual.
+
+    `form` is as in `Kernels.depthwise`; `folded`: the centre tap holds the residual.
+    """
 
     param_dtype: Dtype
     form: str
+    folded: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, before: jax.Array | None = None) -> jax.Array:
@@ -98,9 +124,8 @@ class ResidualDepthwise(nn.Module):
         c = x.shape[-1]
         kernel = self.param("kernel", uniform_fan_in(9), (3, 3, 1, c), self.param_dtype)
         bias = self.param("bias", uniform_fan_in(9), (c,), self.param_dtype)
-        if before is None:
-            return residual_depthwise3x3(x, kernel, bias, self.form)
-        return gelu_residual_depthwise3x3(x, before, kernel, bias, self.form)
+        how = dict(residual=not self.folded, before=before, form=self.form)
+        return depthwise3x3(x, kernel, bias, **how)
 
 
 class Product(nn.Module):
@@ -175,11 +200,13 @@ class Layers:
     """Makes every layer of one network: dtypes, initialisers and norms are stated here only.
 
     `name` is that of the layer in the variables; None where the caller's attribute names it.
+    `folded`: the layers of the network that `fold.py` makes.
     """
 
     dtype: Dtype
     group_size: int
     kernels: Kernels
+    folded: bool = False
 
     @property
     def param_dtype(self) -> Dtype:
@@ -230,7 +257,9 @@ class Layers:
 
     def depthwise(self, name: str) -> ResidualDepthwise:
         """A depthwise 3x3 convolution with its residual."""
-        return ResidualDepthwise(self.param_dtype, self.kernels.depthwise, name=name)
+        return ResidualDepthwise(
+            self.param_dtype, self.kernels.depthwise, self.folded, name=name
+        )
 
     def product(self, c_out: int, name: str) -> Product:
         """A 1x1 convolution, initialised as one, that hands its bias on."""
@@ -240,6 +269,8 @@ class Layers:
         """LayerNorm over the channels, eps 1e-6."""
         return LayerNorm(self.param_dtype, name=name)
 
-    def batch_norm(self, name: str | None) -> BatchNorm:
-        """BatchNorm per group of images."""
-        return BatchNorm(self.group_size, self.dtype, self.param_dtype, name=name)
+    def batch_norm(self, name: str | None, foldable: bool = True) -> Callable[..., jax.Array]:
+        """BatchNorm per group of images; `foldable`: into the linear layer before or after it."""
+        if not self.folded:
+            return BatchNorm(self.group_size, self.dtype, self.param_dtype, name=name)
+        return folded_away if foldable else ScaleShift(self.dtype, self.param_dtype, name=name)

@@ -75,7 +75,9 @@ class PatchEmbed(nn.Module):
             ((self.dim // 2, 2), (self.dim // 2, 1), (self.dim, 2), (self.dim, 1))
         ):
             x = gelu(self.make.conv3x3(c, width, stride, name=f"proj_{3 * i}")(x))
-            x = self.make.batch_norm(name=f"proj_{3 * i + 2}")(x, train=train)
+            # Its shift meets the zeros that the next convolution pads, so that cannot take it in.
+            norm = self.make.batch_norm(f"proj_{3 * i + 2}", foldable=False)
+            x = norm(x, train=train)
             c = width
         return x
 
@@ -176,7 +178,7 @@ class Block(nn.Module):
 
     def scale(self, y: jax.Array, name: str) -> jax.Array:
         """Layer scale by the parameter `name`, where the stage has it."""
-        if not self.layerscale:
+        if not self.layerscale or self.make.folded:
             return y
         init = nn.initializers.constant(self.init_values)
         gamma = self.param(name, init, y.shape[-1:], self.make.param_dtype)
@@ -229,7 +231,9 @@ class STViT(nn.Module):
 
     `dtype` is the compute dtype; parameters are float32, or float64 with it. `group_size` is the
     number of images that share BatchNorm statistics in training (0: the whole batch). The blocks of
-    the stages `remat` are computed again in the backward pass, which takes less memory.
+    the stages `remat` are computed again in the backward pass, which takes less memory. `kernels`:
+    "auto" takes those of JAX's default device, "plain" XLA's alone. `folded` is the network for
+    inference that `fold_batch_norm` makes, and is set by nothing else.
     """
 
     embed_dim: Sequence[int]
@@ -249,13 +253,14 @@ class STViT(nn.Module):
     group_size: int = 0
     remat: Sequence[int] = ()
     kernels: str | Kernels = "auto"
+    folded: bool = False
 
     def setup(self) -> None:
         """Makes the modules; their names are those of the published checkpoint."""
         kernels = self.kernels
         if isinstance(kernels, str):
             kernels = PLAIN if kernels == "plain" else kernels_of(self.dtype)
-        make = Layers(self.dtype, self.group_size, kernels)
+        make = Layers(self.dtype, self.group_size, kernels, self.folded)
         self.patch_embed = PatchEmbed(make, self.in_chans, self.embed_dim[0])
         self.layers = [
             Stage(
@@ -358,7 +363,7 @@ def create_model(name: str, **overrides: Any) -> STViT:
     if name not in VARIANTS:
         hint = did_you_mean(repr(name), map(repr, VARIANTS))
         raise UserError(f"unknown model {one_line(name)!r}; {hint}known: {listing(list_models())}")
-    fields = {f.name for f in dataclasses.fields(STViT)} - {"parent", "name"}
+    fields = {f.name for f in dataclasses.fields(STViT)} - {"parent", "name", "folded"}
     for field in overrides:
         if field not in fields:
             hint = did_you_mean(repr(field), map(repr, fields))

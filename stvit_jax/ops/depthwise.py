@@ -12,17 +12,18 @@ gradient, and no more.
 Shapes: B images, H x W pixels, C channels.
 """
 
+import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from stvit_jax.ops import depthwise_gpu
+from stvit_jax.ops import depthwise_gpu, depthwise_tpu
 from stvit_jax.ops.partition import by_image
 from stvit_jax.ops.precision import wide
 
 _CENTRE = 4  # of the nine taps in row-major order
+_TPU_IMAGES = 16  # that a device has a multiple of
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -30,34 +31,37 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-def residual_depthwise3x3(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, form: str = "plain"
+def depthwise3x3(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    *,
+    residual: bool = True,
+    before: jax.Array | None = None,
+    form: str = "plain",
 ) -> jax.Array:
-    """X + depthwise convolution of x with `kernel` + `bias`, padded with one zero on all sides.
+    """G + depthwise convolution of g with `kernel` + `bias`, padded with one zero on all sides.
 
     Args:
       x: (B, H, W, C).
       kernel: (3, 3, 1, C).
       bias: (C,).
+      residual: whether g itself is added; else the kernel's centre holds the one.
+      before: (C,): g is GELU(x + before); None: g is x.
       form: as in `Kernels.depthwise`; where a kernel does not take x, the plain one is used.
 
     Returns:
       (B, H, W, C) in the dtype of `x`; sums are in at least float32, in the gradient too.
     """
-    taps = _taps(kernel, x.dtype)
+    taps = kernel.reshape(9, -1).astype(wide(x.dtype))
+    if residual:
+        taps = taps.at[_CENTRE].add(1)
     if has_kernel(form, x):
-        return _by_kernel(x, taps, bias.astype(taps.dtype), None, form)
+        weights = (w if w is None else w.astype(taps.dtype) for w in (bias, before))
+        return _by_kernel(x, taps, *weights, form)
+    if before is not None:
+        x = gelu(x + before.astype(x.dtype))
     return _plain(x, taps, bias)
-
-
-def gelu_residual_depthwise3x3(
-    x: jax.Array, before: jax.Array, kernel: jax.Array, bias: jax.Array, form: str = "plain"
-) -> jax.Array:
-    """`residual_depthwise3x3` of GELU(x + before); `before` is (C,), the rest as there."""
-    if has_kernel(form, x):
-        taps = _taps(kernel, x.dtype)
-        return _by_kernel(x, taps, bias.astype(taps.dtype), before.astype(taps.dtype), form)
-    return residual_depthwise3x3(gelu(x + before.astype(x.dtype)), kernel, bias)
 
 
 def has_kernel(form: str, x: jax.Array) -> bool:
@@ -65,37 +69,46 @@ def has_kernel(form: str, x: jax.Array) -> bool:
     if x.dtype != jnp.bfloat16:
         return False
     _, _, w, c = x.shape
-    return form == "mosaic_gpu" and depthwise_gpu.tiling(w, c) is not None
-
-
-def _taps(kernel: jax.Array, dtype: Any) -> jax.Array:
-    """(9, C), the residual among them, in at least float32."""
-    return kernel.reshape(9, -1).astype(wide(dtype)).at[_CENTRE].add(1)
+    return form == "pallas_tpu" or (form == "mosaic_gpu" and depthwise_gpu.takes(w, c))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _by_kernel(
     x: jax.Array, taps: jax.Array, bias: jax.Array, before: jax.Array | None, form: str
 ) -> jax.Array:
-    weights = [taps, bias] if before is None else [taps, bias, before]
-
     def forward(x: jax.Array, taps: jax.Array, bias: jax.Array, *before: jax.Array) -> tuple:
-        return (depthwise_gpu.gelu_depthwise(x, taps, bias, *before or [None]),)
+        if form == "mosaic_gpu":
+            return (depthwise_gpu.gelu_depthwise(x, taps, bias, *before or [None]),)
+        x = x + before[0].astype(x.dtype) if before else x
+        return (depthwise_tpu.gelu_depthwise(x, taps, bias, gelu=bool(before)),)
 
+    weights = [taps, bias] if before is None else [taps, bias, before]
     return by_image(forward, (True, *[False] * len(weights)), x, *weights)[0]
 
 
-def _by_kernel_forward(x, taps, bias, before, form):  # noqa: ANN
+def _by_kernel_forward(
+    x: jax.Array, taps: jax.Array, bias: jax.Array, before: jax.Array | None, form: str
+) -> tuple:
     return _by_kernel(x, taps, bias, before, form), (x, taps, before)
 
 
 def _by_kernel_backward(form: str, kept: tuple, dy: jax.Array) -> tuple:
     x, taps, before = kept
-    weights = [taps] if before is None else [taps, before]
 
     def backward(x: jax.Array, dy: jax.Array, taps: jax.Array, *before: jax.Array) -> tuple:
-        return depthwise_gpu.gelu_depthwise_gradient(x, taps, *before or [None], dy)
+        if form == "mosaic_gpu":
+            return depthwise_gpu.gelu_depthwise_gradient(x, taps, *before or [None], dy)
+        x = x + before[0].astype(x.dtype) if before else x
+        dx, sums = depthwise_tpu.gelu_depthwise_gradient(x, taps, dy, gelu=bool(before))
+        if before:
+            last = jnp.sum(dx, axis=(0, 1, 2), dtype=sums.dtype)
+            sums = jnp.concatenate([sums, last[None]])
+        # One sum for all images, as a row of what a row of zeros for every few of them would be:
+        # devices that have their share of these add them up.
+        rows = x.shape[0] // math.gcd(x.shape[0], _TPU_IMAGES)
+        return dx, jnp.zeros((rows, *sums.shape), sums.dtype).at[0].set(sums)
 
+    weights = [taps] if before is None else [taps, before]
     split = (True, True, *[False] * len(weights))
     dx, sums = by_image(backward, split, x, dy, *weights)
     sums = jnp.sum(sums, axis=0)
@@ -119,8 +132,11 @@ def _correlate(x: jax.Array, weights: jax.Array) -> jax.Array:
     # more shared memory than a GPU has, and products that are stacked first are all written out.
     weights = jnp.broadcast_to(weights[None, :, None], (b, 10, 1, c))
     *taps, bias = jnp.split(weights, 10, axis=1)  # (B, 1, 1, C) each
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(wide(x.dtype))
-    shifts = [padded[:, dy : dy + h, dx : dx + w] for dy in range(3) for dx in range(3)]
+    # Padded as it is and widened after the slice: what a TPU writes down is the padded map.
+    padded, wider = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), wide(x.dtype)
+    shifts = [
+        padded[:, dy : dy + h, dx : dx + w].astype(wider) for dy in range(3) for dx in range(3)
+    ]
     products = (tap * shift for tap, shift in zip(taps, shifts, strict=True))
     return (sum(products) + bias).astype(x.dtype)
 
@@ -137,13 +153,14 @@ def _correlate_jvp(
 def _spread(x: jax.Array, taps: jax.Array) -> jax.Array:
     """`_correlate` without a bias, by moving the products: its transpose is what matters.
 
-    That pads the gradient of y once and slices it. The transpose of `_correlate` itself pads nine
-    products: on CPU whatever computes the gradient of y is then run nine times.
+    That pads the gradient of y once, in its own dtype, slices it and sums in that of the taps. The
+    transpose of `_correlate` itself pads nine products: on CPU whatever computes the gradient of y
+    is then run nine times. In forward mode alone the nine are summed in the dtype of `x`.
     """
-    x, dtype = x.astype(taps.dtype), x.dtype
+    products = [(x.astype(taps.dtype) * tap).astype(x.dtype) for tap in taps]
     total = sum(
-        jnp.pad(x * taps[3 * dy + dx], ((0, 0), (2 - dy, dy), (2 - dx, dx), (0, 0)))
+        jnp.pad(products[3 * dy + dx], ((0, 0), (2 - dy, dy), (2 - dx, dx), (0, 0)))
         for dy in range(3)
         for dx in range(3)
     )
-    return total.astype(dtype)[:, 1:-1, 1:-1]
+    return total[:, 1:-1, 1:-1]

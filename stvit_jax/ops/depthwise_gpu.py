@@ -59,6 +59,11 @@ def tiling(w: int, c: int) -> Tiling | None:
     return None
 
 
+def takes(w: int, c: int) -> bool:
+    """Whether the kernels take maps (any, any, w, c)."""
+    return tiling(w, c) is not None
+
+
 class _Rows:
     """What a kernel does with a row: in chunks of columns, in registers."""
 

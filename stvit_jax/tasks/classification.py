@@ -26,6 +26,7 @@ from stvit_jax.data.normalization import MEAN, STD, normalize
 from stvit_jax.data.order import Order
 from stvit_jax.data.sources import open_source
 from stvit_jax.errors import UserError, listing
+from stvit_jax.models import fold
 from stvit_jax.models.settings import absent
 from stvit_jax.models.settings import images as input_of
 from stvit_jax.models.stvit import STViT, create_model
@@ -80,6 +81,7 @@ def task(config: ConfigDict, mesh: Mesh) -> Task:
         objective=objective(model, drop_path, config.freeze_batch_norm),
         evaluations=evaluations,
         adopt=partial(adopt, model, classes),
+        fold=partial(fold.folded_variables, model),
         sheet=partial(sheet, augment, classes, config.label_smoothing),
     )
 
@@ -199,7 +201,7 @@ def evaluation(model: STViT, evaluated: Examples) -> Evaluation:
 
 def measure(model: STViT, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
     """Sums over a batch: hits, losses (of the readable), counts. Unreadable images are wrong."""
-    logits = model.apply(variables, normalize(batch["image"]))
+    logits = fold.fitting(model, variables).apply(variables, normalize(batch["image"]))
     readable = batch["unreadable"] == 0
     valid = batch["mask"] & readable
     _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))

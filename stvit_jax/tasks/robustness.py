@@ -25,6 +25,7 @@ from stvit_jax.data.examples import Examples
 from stvit_jax.data.normalization import normalize
 from stvit_jax.data.sources.tfds import open_tfds
 from stvit_jax.errors import UserError
+from stvit_jax.models import fold
 from stvit_jax.models.stvit import STViT
 from stvit_jax.training.task import Batch, Evaluation, Metrics, Variables
 
@@ -99,7 +100,7 @@ def load(
 
 def measure(model: STViT, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
     """Everything that the host needs to score a batch, row by row."""
-    logits = model.apply(variables, normalize(batch["image"]))
+    logits = fold.fitting(model, variables).apply(variables, normalize(batch["image"]))
     return {"logits": logits} | {key: batch[key] for key in ("labels", "mask", "unreadable")}
 
 

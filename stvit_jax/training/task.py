@@ -73,6 +73,8 @@ class Task:
       evaluations: at least one.
       adopt: (variables, weights out of a file, exact) to variables: what starting from, and
         evaluating (`exact`: every leaf has to come from the file), foreign weights means here.
+      fold: variables to those that give the same in fewer operations, on the host; nothing is
+        trained with them, and `measure` of all evaluations takes either.
       sheet: (batch, key of `prepare`) to one row of pictures an example: how training sees it.
     """
 
@@ -84,4 +86,5 @@ class Task:
     objective: Callable[..., tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]]
     evaluations: tuple[Evaluation, ...]
     adopt: Callable[[Variables, Weights, bool], Variables]
+    fold: Callable[[Variables], Variables]
     sheet: Callable[[dict[str, np.ndarray], jax.Array], list[list[Picture]]]

@@ -85,7 +85,7 @@ REFUSED = {
 
 
 def test_every_setting_is_tried():
-    assert {*REFUSED, "parent", "name"} == set(STViT.__dataclass_fields__)
+    assert {*REFUSED, "parent", "name", "folded"} == set(STViT.__dataclass_fields__)
 
 
 @pytest.mark.parametrize("field", REFUSED)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from stvit_jax.ops.depthwise import residual_depthwise3x3
+from stvit_jax.ops.depthwise import depthwise3x3, residual_depthwise3x3
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,6 +61,15 @@ def test_bfloat16_in_and_out_with_sums_in_float32():
     assert [a.dtype for a in (y, dx, dkernel, dbias)] == ["bfloat16"] * 2 + ["float32"] * 2
     exact = reference(x.astype(jnp.float32), kernel, bias)
     np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))  # one rounding, at the end
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_residual_may_lie_in_the_centre_tap(dtype):
+    x, kernel, bias = arguments(6, 7, jnp.float32)
+    x = x.astype(dtype)
+    y = depthwise3x3(x, kernel.at[1, 1].add(1), bias)
+    assert y.dtype == dtype
+    np.testing.assert_array_equal(y, residual_depthwise3x3(x, kernel, bias))
 
 
 def test_gradient_of_a_sharded_batch_needs_one_sum_over_devices():
