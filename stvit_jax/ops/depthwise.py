@@ -46,8 +46,11 @@ def _correlate(x: jax.Array, weights: jax.Array) -> jax.Array:
     # more shared memory than a GPU has, and products that are stacked first are all written out.
     weights = jnp.broadcast_to(weights[None, :, None], (b, 10, 1, c))
     *taps, bias = jnp.split(weights, 10, axis=1)  # (B, 1, 1, C) each
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(wide(x.dtype))
-    shifts = [padded[:, dy : dy + h, dx : dx + w] for dy in range(3) for dx in range(3)]
+    # Padded as it is and widened after the slice: what a TPU writes down is the padded map.
+    padded, wider = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), wide(x.dtype)
+    shifts = [
+        padded[:, dy : dy + h, dx : dx + w].astype(wider) for dy in range(3) for dx in range(3)
+    ]
     products = (tap * shift for tap, shift in zip(taps, shifts, strict=True))
     return (sum(products) + bias).astype(x.dtype)
 
@@ -64,13 +67,14 @@ def _correlate_jvp(
 def _spread(x: jax.Array, taps: jax.Array) -> jax.Array:
     """`_correlate` without a bias, by moving the products: its transpose is what matters.
 
-    That pads the gradient of y once and slices it. The transpose of `_correlate` itself pads nine
-    products: on CPU whatever computes the gradient of y is then run nine times.
+    That pads the gradient of y once, in its own dtype, slices it and sums in that of the taps. The
+    transpose of `_correlate` itself pads nine products: on CPU whatever computes the gradient of y
+    is then run nine times. In forward mode alone the nine are summed in the dtype of `x`.
     """
-    x, dtype = x.astype(taps.dtype), x.dtype
+    products = [(x.astype(taps.dtype) * tap).astype(x.dtype) for tap in taps]
     total = sum(
-        jnp.pad(x * taps[3 * dy + dx], ((0, 0), (2 - dy, dy), (2 - dx, dx), (0, 0)))
+        jnp.pad(products[3 * dy + dx], ((0, 0), (2 - dy, dy), (2 - dx, dx), (0, 0)))
         for dy in range(3)
         for dx in range(3)
     )
-    return total.astype(dtype)[:, 1:-1, 1:-1]
+    return total[:, 1:-1, 1:-1]
