@@ -137,6 +137,15 @@ def test_blends_of_single_images_take_magnitudes_in_double(op: str) -> None:
             np.testing.assert_array_equal(ra.apply_op(image, op, magnitude, negate), expected)
 
 
+def test_tables_are_looked_up_alike_with_and_without_gather() -> None:
+    rng = np.random.default_rng(0)
+    levels = jnp.asarray(rng.integers(0, 256, (3, 17, 5)), jnp.uint32)
+    table = jnp.asarray(rng.integers(0, 256, (3, 256)), jnp.uint32)
+    expected = np.stack([np.asarray(table)[i][np.asarray(levels)[i]] for i in range(3)])
+    for look_up in (blends.look_up, blends.look_up_without_gather):
+        np.testing.assert_array_equal(look_up(levels, table), expected)
+
+
 def test_the_mean_of_a_large_image_does_not_overflow() -> None:
     """Contrast blends with it: the sum of 2**24 bright pixels is just below 2**32."""
     draws = draws_of("ContrastIncreasing", np.float32([9]), np.float32([-1]))
