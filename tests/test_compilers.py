@@ -66,6 +66,12 @@ def test_ptxas_is_asked() -> None:
     assert "uses too much shared data" in result.stdout, result.stdout[-5000:]
 
 
+def test_tpu_kernels_compile_for_every_map_and_copy_none() -> None:
+    result = python("v5e:1x1", "tests.tpu_kernels", "v5e:1x1", timeout=1200)
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert "144 kernels compiled for v5e:1x1" in result.stdout, result.stdout[-5000:]
+
+
 @pytest.mark.parametrize("target, config, mode, dtype", PROGRAMS)
 def test_one_block_a_stage_compiles(target, config, mode, dtype, tmp_path) -> None:
     what = ("--config", f"configs/{config}.py", "--mode", mode, f"--config.dtype={dtype}")

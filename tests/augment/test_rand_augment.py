@@ -137,6 +137,36 @@ def test_blends_of_single_images_take_magnitudes_in_double(op: str) -> None:
             np.testing.assert_array_equal(ra.apply_op(image, op, magnitude, negate), expected)
 
 
+def test_tables_are_looked_up_alike_with_and_without_gather() -> None:
+    rng = np.random.default_rng(0)
+    levels = jnp.asarray(rng.integers(0, 256, (3, 17, 5)), jnp.uint32)
+    table = jnp.asarray(rng.integers(0, 256, (3, 256)), jnp.uint32)
+    expected = np.stack([np.asarray(table)[i][np.asarray(levels)[i]] for i in range(3)])
+    for look_up in (blends.look_up, blends.look_up_without_gather):
+        np.testing.assert_array_equal(look_up(levels, table), expected)
+
+
+@pytest.mark.parametrize("height, width", [(70, 45), (32, 32)])
+def test_pixels_are_found_alike_with_and_without_gather(height: int, width: int) -> None:
+    """Every geometric op at both ends of its magnitudes, from pixels that touch the image."""
+    packed = jnp.asarray(
+        np.random.default_rng(0).integers(0, 2**24, (1, height, width)), jnp.uint32
+    )
+    one = jnp.ones(1)
+    for op in sorted(GEOMETRIC):
+        for magnitude in (-10.0, -4.7, 10.0):
+            a, b, c, d, e, f = affine.coefficients(
+                jnp.array([ra.OPS.index(op)]), magnitude * one, height, width
+            )[0]
+            y, x = np.mgrid[:height, :width] + 0.5
+            column, row = a * x + b * y + c, d * x + e * y + f
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            starts = [jnp.floor(z - 0.5).astype(jnp.int32)[None] - 1 for z in (row, column)]
+            expected = affine.windows(packed, *starts)
+            found = affine.windows_without_gather(packed, *starts)
+            np.testing.assert_array_equal((found - expected) * inside, 0)
+
+
 def test_the_mean_of_a_large_image_does_not_overflow() -> None:
     """Contrast blends with it: the sum of 2**24 bright pixels is just below 2**32."""
     draws = draws_of("ContrastIncreasing", np.float32([9]), np.float32([-1]))
