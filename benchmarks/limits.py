@@ -1,4 +1,4 @@
-"""What a device allows: the share of its peak that a network takes, and of what memory lets pass."""
+"""What a device allows: the share of its peak that a network takes, and of L1."""
 
 # FLOP/s of dense bfloat16 products, measured, by a part of the device's name.
 PEAKS = {"H100": 790e12}
