@@ -11,7 +11,6 @@ from stvit_jax.models.settings import abstract
 from stvit_jax.models.stvit import STViT
 
 RECIPE = base()  # as published: weight decay, moving average, learning rate
-DROP_PATH = 0.1  # that of stvit_small; what it is changes nothing of what it costs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +23,7 @@ class Case:
       image_size: pixels, square.
       batch_size: images.
       dtype: of compute, bfloat16 or float32.
+      drop_path: rate of the last block, that of stvit_small; any but 0 costs the same.
     """
 
     model: str
@@ -31,6 +31,7 @@ class Case:
     image_size: int
     batch_size: int
     dtype: str
+    drop_path: float = 0.1
 
     @property
     def learning_rate(self) -> float:

@@ -49,7 +49,7 @@ def measure(case: Case, rounds: int) -> tuple[dict[str, Contender], dict[str, Se
     model = create_model(case.model, dtype=jnp.dtype(case.dtype))
     variables = variables_of(model)
     images, targets = batch_of(case, model)
-    peer = torch_steps.network(model, variables, device)
+    peer = torch_steps.network(case, model, variables, device)
     say(f"{case.describe()}: comparing what both sides compute")
     few = (case.mode, images[:CHECKED], targets[:CHECKED])
     check_equal_work(

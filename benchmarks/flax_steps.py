@@ -1,12 +1,14 @@
 """Our side of a comparison: the project's own step, and the outputs that have to be the same."""
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.case import DROP_PATH, RECIPE, Case
+from benchmarks.case import RECIPE, Case
 from benchmarks.timing import Contender, seconds
 from stvit_jax import parallel, schedules
 from stvit_jax.models.settings import UNOPTIMIZED
@@ -40,35 +42,38 @@ def outputs(
     return jax.tree.map(np.asarray, found)
 
 
+def program(
+    case: Case, model: STViT, variables: Any, images: np.ndarray, targets: np.ndarray
+) -> tuple[Callable, list[Any]]:
+    """The step, not compiled, and what it takes: first what training replaces."""
+    if case.mode == "infer":
+        return model.apply, [variables, images]
+    tx = adamw(lambda step: case.learning_rate, RECIPE.weight_decay)
+    step = make_train_step(
+        lambda batch, key: batch,  # augmented already
+        at_once(objective(model, schedules.by_epoch([case.drop_path], 1), False)),
+        tx,
+        RECIPE.ema_decay,
+    )
+    key = jax.random.key(0)
+    state = init_state(lambda key: variables, tx, key, ema=True)
+    unreadable = np.zeros(len(images), np.int32)
+    return step, [state, {"image": images, "target": targets, "unreadable": unreadable}, key]
+
+
 def contender(
     case: Case, model: STViT, variables: Any, images: np.ndarray, targets: np.ndarray
 ) -> Contender:
     """The compiled step on the first device, with everything that it takes lying there."""
+    step, arguments = program(case, model, variables, images, targets)
     mesh = parallel.make_mesh(case.batch_size, devices=jax.devices()[:1])
-    if case.mode == "infer":
-        arguments = [variables, images]
-        step = model.apply
-    else:
-        rate = schedules.by_epoch([DROP_PATH], 1)
-        tx = adamw(lambda step: case.learning_rate, RECIPE.weight_decay)
-        step = make_train_step(
-            lambda batch, key: batch,  # augmented already
-            at_once(objective(model, rate, False)),
-            tx,
-            RECIPE.ema_decay,
-        )
-        state = init_state(lambda key: variables, tx, jax.random.key(0), ema=True)
-        readable = np.zeros(len(images), np.int32)
-        batch = {"image": images, "target": targets, "unreadable": readable}
-        arguments = [state, batch, jax.random.key(0)]
     whole, split = parallel.replicated(mesh), parallel.by_image(mesh)
-    shardings = (whole, split, whole)[: len(arguments)]
-    held, *rest = jax.device_put(arguments, list(shardings), may_alias=False)
+    shardings = [whole, split, whole][: len(arguments)]
+    held, *rest = jax.device_put(arguments, shardings, may_alias=False)
     train = case.mode == "train"
-
-    def compile_it() -> None:
-        nonlocal compiled
-        compiled = compile_step(step, held, *rest, mesh=mesh, donate=train)
+    start = time.perf_counter()
+    compiled = compile_step(step, held, *rest, mesh=mesh, donate=train)
+    compile_seconds = time.perf_counter() - start
 
     def work(times: int) -> None:
         nonlocal held
@@ -77,8 +82,6 @@ def contender(
             held = out[0] if train else held
         jax.block_until_ready(out)
 
-    compiled: Any = None
-    compile_seconds = seconds(compile_it)
     first_seconds = seconds(lambda: work(1))
     work(1)
     memory = jax.devices()[0].memory_stats() or {}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.case import DROP_PATH, RECIPE, Case
+from benchmarks.case import RECIPE, Case
 from benchmarks.timing import Contender, cores, seconds
 from benchmarks.torch_stvit import DropPath, STViT, adamw_groups
 from stvit_jax import torch_weights
@@ -44,10 +44,10 @@ def prepare(platform: str) -> torch.device:
     return torch.device("cuda")
 
 
-def network(model: Any, variables: Mapping[str, Any], device: torch.device) -> STViT:
+def network(case: Case, model: Any, variables: Mapping[str, Any], device: torch.device) -> STViT:
     """The peer of a Flax network, with its weights."""
     settings = {field: getattr(model, field) for field in SETTINGS}
-    peer = STViT(**settings, drop_path_rate=DROP_PATH)
+    peer = STViT(**settings, drop_path_rate=case.drop_path)
     state = torch_weights.to_torch(variables)
     peer.load_state_dict({name: torch.tensor(array) for name, array in state.items()}, strict=True)
     return peer.to(device, memory_format=torch.channels_last)
@@ -119,7 +119,14 @@ def contender(
 
 
 def training_step(case: Case, peer: STViT, forward: Forward, labels: Tensor) -> Forward:
-    """Forward, loss, backward, AdamW and moving average, as a function of the images."""
+    """Forward, loss, backward, AdamW and moving average, as a function of the images.
+
+    Args:
+      case: what is run.
+      peer: whose parameters learn.
+      forward: its pass, as it is run.
+      labels: (B, K).
+    """
     optimizer = torch.optim.AdamW(
         adamw_groups(peer, RECIPE.weight_decay), lr=case.learning_rate, fused=True
     )
