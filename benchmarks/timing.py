@@ -64,17 +64,19 @@ def alternate(contenders: Mapping[str, Work], rounds: int, what: str) -> dict[st
       rounds: turns of each.
       what: is timed, for the progress that is said.
     """
-    # As often a turn as the fastest needs, and the same for all.
-    once = min(seconds(lambda work=work: work(1)) for work in contenders.values())
-    times = max(1, round(TURN / once))
+    times = {
+        name: max(1, round(TURN / seconds(lambda work=work: work(1))))
+        for name, work in contenders.items()
+    }
     found: dict[str, list[Seconds]] = {name: [] for name in contenders}
     names, progress = list(contenders), Progress(what, rounds)
     for number in range(rounds):
         for i in range(len(names)):
             name = names[(number + i) % len(names)]
             cpu = time.process_time()
-            wall = seconds(lambda name=name: contenders[name](times))
-            found[name].append(Seconds(wall / times, (time.process_time() - cpu) / times))
+            wall = seconds(lambda name=name: contenders[name](times[name]))
+            cpu = time.process_time() - cpu
+            found[name].append(Seconds(wall / times[name], cpu / times[name]))
         progress.update(number + 1)
     return {
         name: Seconds(*map(statistics.median, zip(*values, strict=True)))
