@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from benchmarks import flax_steps, torch_steps
+from benchmarks import flax_steps, torch_steps, trace
 from benchmarks.case import Case, batch_of, variables_of
 from benchmarks.limits import share_of_l1, utilisation
 from benchmarks.timing import Contender, Seconds, alternate, cores
@@ -23,18 +24,22 @@ TOLERANCE = 1e-4  # of float32 logits, relative to the largest
 CHECKED = 2  # images that both sides are checked on
 
 
-def run(case: Case, rounds: int) -> dict[str, Any]:
+def run(case: Case, rounds: int, profile: Path | None) -> dict[str, Any]:
     """The row of a case; this process has compared nothing before.
 
     Args:
       case: what is run.
       rounds: turns of each side.
+      profile: a directory for a trace of our steps, whose times by kind are then said; None: none.
 
     Raises:
       UserError: the two sides do not compute the same, or a device has not the room.
     """
     try:
-        return row_of(case, *measure(case, rounds))
+        contenders, found = measure(case, rounds)
+        if profile is not None:
+            say_kinds(case, contenders["ours"], profile / f"{case.model}-{case.mode}")
+        return row_of(case, contenders, found)
     except (jax.errors.JaxRuntimeError, torch.OutOfMemoryError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise UserError(
@@ -75,6 +80,14 @@ def measure(case: Case, rounds: int) -> tuple[dict[str, Contender], dict[str, Se
             "wait for each other; give both sides one core (taskset -c 0) and read the CPU ratios"
         )
     return contenders, found
+
+
+def say_kinds(case: Case, ours: Contender, directory: Path) -> None:
+    """Traces our steps, and says where their time goes."""
+    path = trace.record(ours.work, directory)
+    say(f"{case.describe()}: traced in {directory}")
+    for line in trace.table(trace.by_kind(path, ours.program())):
+        say(line)
 
 
 def check_equal_work(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> None:

@@ -84,5 +84,5 @@ def contender(
 
     first_seconds = seconds(lambda: work(1))
     work(1)
-    memory = jax.devices()[0].memory_stats() or {}
-    return Contender(work, compile_seconds, first_seconds, memory.get("peak_bytes_in_use"))
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return Contender(work, compile_seconds, first_seconds, peak, compiled.as_text)

@@ -8,7 +8,8 @@ user of PyTorch would have it fastest: channels-last, bfloat16 autocast, fused A
 through torch.compile (on a GPU default and max-autotune: the better counts). Ours is the step that
 train.py compiles. Training is forward, loss, backward, AdamW and moving average, of a batch that is
 augmented already; inference is the forward pass. Before that, both must compute the same logits and
-losses. It needs PyTorch, and neither TensorFlow nor a data set.
+losses. `--profile` traces some of our steps and prints their time by kind of operation. It needs
+PyTorch, and neither TensorFlow nor a data set.
 """
 
 import concurrent.futures
@@ -61,7 +62,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def row(arguments: dict[str, Any], rounds: int) -> dict[str, Any]:
+def row(arguments: dict[str, Any], rounds: int, profile: Path | None) -> dict[str, Any]:
     """The row of one network and mode, in a process of its own.
 
     What is not given is as the device has it.
@@ -79,10 +80,10 @@ def row(arguments: dict[str, Any], rounds: int) -> dict[str, Any]:
     defaults = {"batch_size": 8, "dtype": "float32"} if on_cpu else {}
     given = {"batch_size": 128, "dtype": "bfloat16"} | defaults
     given |= {name: value for name, value in arguments.items() if value is not None}
-    return contest.run(Case(**given), rounds)
+    return contest.run(Case(**given), rounds, profile)
 
 
-def apart(arguments: dict[str, Any], rounds: int) -> dict[str, Any]:
+def apart(arguments: dict[str, Any], *how: Any) -> dict[str, Any]:
     """`row` in a new process: memory, compiled programs and caches of others are not in it.
 
     Raises:
@@ -91,7 +92,7 @@ def apart(arguments: dict[str, Any], rounds: int) -> dict[str, Any]:
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         try:
-            return pool.submit(row, arguments, rounds).result()
+            return pool.submit(row, arguments, *how).result()
         except BrokenProcessPool:
             raise UserError(
                 f"the process that timed {arguments['model']} was ended, most likely for want of "
@@ -127,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="(bfloat16; float32 on CPU)")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each side (15)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="for a list of the rows")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="for XProf traces of our steps")
     args = parser.parse_args(argv)
     for flag in ("image_size", "batch_size", "rounds"):
         if (value := getattr(args, flag)) is not None and value < 1:
@@ -141,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             size = args.image_size or SIZES.get(model, 224)
             arguments = {"model": model, "mode": mode, "image_size": size}
             arguments |= {"batch_size": args.batch_size, "dtype": args.dtype}
-            rows.append(apart(arguments, args.rounds))
+            rows.append(apart(arguments, args.rounds, args.profile))
             if args.json:  # what has been measured is kept, whatever comes
                 args.json.write_text(json.dumps(rows, indent=2) + "\n")
     first = rows[0]

@@ -36,12 +36,14 @@ class Contender:
       compile_seconds: before it could run; None: whatever compiles does so in the first step.
       first_seconds: of the first step.
       peak_memory: bytes of the device at its worst so far; None: the device does not tell.
+      program: the compiled program's text; None: there is none.
     """
 
     work: Work
     compile_seconds: float | None
     first_seconds: float
     peak_memory: int | None
+    program: Callable[[], str] | None = None
 
 
 def cores() -> int:
