@@ -1,5 +1,6 @@
 """Runs `train.py` as a user does: a process, a workdir, signals."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,17 @@ WORKER = "--config.data.workers=1"  # as the config has it; most runs do without
 # TensorFlow, which writes files for TensorBoard and nothing else, takes seconds to import. For most
 # tests it is missing, as it may be for a user.
 WITHOUT_TENSORFLOW = {"PYTHONPATH": str(Path(__file__).parent / "without_tensorflow")}
+
+
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """For programs that start in it: PyTorch's threads wait for each other on a busy machine."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 class Program:

@@ -5,7 +5,7 @@ import re
 import shlex
 from typing import Any
 
-from stvit_jax.data import digits, files
+from stvit_jax.data import files
 from stvit_jax.errors import UserError, described, did_you_mean, listing
 
 # What people call ImageNet-1k.
@@ -26,6 +26,8 @@ def find_prepared(name: str, data_dir: str, *, labelled: bool) -> Any:
     """
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
+
+    from stvit_jax.data import digits  # a builder of tfds, which nothing else here needs at import
 
     _check_name(name, data_dir)
     try:
