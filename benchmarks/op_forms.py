@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from stvit_jax.models.layers import Layers
 from stvit_jax.models.stvit import STViT, gelu
 from stvit_jax.ops import super_tokens
-from stvit_jax.ops.depthwise import residual_depthwise3x3
+from stvit_jax.ops.depthwise import depthwise3x3
 from stvit_jax.ops.precision import wide
 
 Shapes = dict[str, tuple[int, ...]]
@@ -151,7 +151,7 @@ def _of_gelu(form: Form) -> Form:
 
 
 _DEPTHWISE: dict[str, Form] = {
-    "plain": lambda stage, x, kernel, bias: residual_depthwise3x3(x, kernel, bias),
+    "plain": lambda stage, x, kernel, bias: depthwise3x3(x, kernel, bias),
     "library": _library_depthwise,
 }
 _WIDTH, _HIDDEN = (lambda stage: stage.width), (lambda stage: stage.hidden)

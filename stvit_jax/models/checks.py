@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stvit_jax.errors import UserError, kind_of, one_line
-from stvit_jax.ops.kernels import Kernels
+from stvit_jax.models.kernels import Kernels
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 _REPR = reprlib.Repr()  # that of lists in lists may be endless
@@ -69,7 +69,11 @@ _ONE: dict[str, _Rule] = {
     "in_chans": _AT_LEAST_1,
     "dtype": (_dtype, lambda value: True, f"one of {', '.join(_DTYPES)}"),
     "group_size": (_whole, lambda value: value >= 0, "a whole number, 0 for the whole batch"),
-    "kernels": (_kernels, lambda value: True, "'auto', 'plain' or stvit_jax.ops.kernels.Kernels"),
+    "kernels": (
+        _kernels,
+        lambda value: True,
+        "'auto', 'plain' or stvit_jax.models.kernels.Kernels",
+    ),
 }
 # Any number of whole numbers.
 _LISTED: dict[str, _Rule] = {

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from stvit_jax.errors import UserError
 from stvit_jax.ops.depthwise import depthwise3x3
-from stvit_jax.ops.kernels import Kernels
+from stvit_jax.models.kernels import PLAIN, Kernels
 from stvit_jax.ops.layer_norm import layer_norm
 from stvit_jax.ops.precision import wide
 
@@ -205,7 +205,7 @@ class Layers:
 
     dtype: Dtype
     group_size: int
-    kernels: Kernels
+    kernels: Kernels = PLAIN
     folded: bool = False
 
     @property
@@ -257,9 +257,7 @@ class Layers:
 
     def depthwise(self, name: str) -> ResidualDepthwise:
         """A depthwise 3x3 convolution with its residual."""
-        return ResidualDepthwise(
-            self.param_dtype, self.kernels.depthwise, self.folded, name=name
-        )
+        return ResidualDepthwise(self.param_dtype, self.kernels.depthwise, self.folded, name=name)
 
     def product(self, c_out: int, name: str) -> Product:
         """A 1x1 convolution, initialised as one, that hands its bias on."""

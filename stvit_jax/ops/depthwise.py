@@ -48,16 +48,16 @@ def depthwise3x3(
       bias: (C,).
       residual: whether g itself is added; else the kernel's centre holds the one.
       before: (C,): g is GELU(x + before); None: g is x.
-      form: as in `Kernels.depthwise`; where a kernel does not take x, the plain one is used.
+      form: as in `models.kernels.Kernels.depthwise`; where a kernel does not take x, the plain one is used.
 
     Returns:
       (B, H, W, C) in the dtype of `x`; sums are in at least float32, in the gradient too.
     """
-    taps = kernel.reshape(9, -1).astype(wide(x.dtype))
+    taps = jnp.asarray(kernel, wide(x.dtype)).reshape(9, -1)
     if residual:
         taps = taps.at[_CENTRE].add(1)
     if has_kernel(form, x):
-        weights = (w if w is None else w.astype(taps.dtype) for w in (bias, before))
+        weights = (w if w is None else jnp.asarray(w, taps.dtype) for w in (bias, before))
         return _by_kernel(x, taps, *weights, form)
     if before is not None:
         x = gelu(x + before.astype(x.dtype))
@@ -120,7 +120,7 @@ _by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
 
 @partial(jax.checkpoint, prevent_cse=False)  # the gradient keeps x, not its nine shifts
 def _plain(x: jax.Array, taps: jax.Array, bias: jax.Array) -> jax.Array:
-    return _correlate(x, jnp.concatenate([taps, bias[None].astype(taps.dtype)]))
+    return _correlate(x, jnp.concatenate([taps, jnp.asarray(bias, taps.dtype)[None]]))
 
 
 @jax.custom_jvp

@@ -74,6 +74,7 @@ REFUSED = {
     **dict.fromkeys(("num_classes", "projection", "in_chans"), WHOLE),
     **dict.fromkeys(("depths", "embed_dim", "num_heads", "n_iter", "stoken_size"), WHOLES),
     "group_size": (2.0, "2", -1, None, True),
+    "kernels": ("mosaic_gpu", None, 1, ("plain", "plain")),
     "remat": (0, "0", (-1,), (1.0,), (True,), None),
     "layerscale": (True, "0011", [None] * 4, [0, 0, 2, 2], [0.5] * 4, None),
     "qkv_bias": ("False", None, 2, 1.0, [True]),

@@ -172,7 +172,9 @@ def test_bfloat16_keeps_softmax_and_sums_wide():
     exact, _ = sample(x.astype(jnp.float64), 4, 2)
     np.testing.assert_allclose(tokens.astype(jnp.float64), exact, atol=2e-2)
     program = str(jax.make_jaxpr(super_tokens.sample, static_argnums=(1, 2))(x, 4, 2))
-    assert program.count("dot_general[") == program.count("preferred_element_type=float32") == 4
+    # Logits; what candidates receive is rounded once, and then summed in float32.
+    assert program.count("dot_general[") == 4
+    assert program.count("preferred_element_type=float32") == 2
 
 
 def test_a_cell_without_mass_has_no_token():
