@@ -78,8 +78,8 @@ def _walk(named: dict[str, list[str]], name: str, times: int) -> Iterator[Collec
         branches = _BRANCHES.search(line)
         called += [("branch", b.strip(" %")) for b in branches[1].split(",")] if branches else []
         for how, callee in called:
-            turns = turns(line, named, dict(called)) if how == "body" else 1
-            yield from _walk(named, callee, times * turns)
+            again = turns(line, named, dict(called)) if how == "body" else 1
+            yield from _walk(named, callee, times * again)
 
 
 def turns(line: str, named: dict[str, list[str]], called: dict[str, str]) -> int:

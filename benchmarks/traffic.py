@@ -1,9 +1,9 @@
 """What a compiled program moves through device memory: the operands and results of every kernel.
 
 A kernel is an instruction of the scheduled program; what happens inside a fusion stays on the chip.
-An operand counts once a kernel and whole, even where the kernel reads a slice of it; a kernel of our
-own counts alike, and so does a library's, without its workspace. Caches are not modelled: a map of
-this network is larger than any.
+An operand counts once a kernel and whole, even where the kernel reads a slice of it; a kernel of
+our own counts alike, and so does a library's, without its workspace. Caches are not modelled: a map
+of this network is larger than any.
 
 One way to deceive such an account is a sum over products that are stacked first: every row of the
 stack reads the same operands again, and they count once. `stacked_reductions` finds these.

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from stvit_jax.errors import UserError
-from stvit_jax.ops.depthwise import depthwise3x3
 from stvit_jax.models.kernels import PLAIN, Kernels
+from stvit_jax.ops.depthwise import depthwise3x3
 from stvit_jax.ops.layer_norm import layer_norm
 from stvit_jax.ops.precision import wide
 
@@ -168,7 +168,7 @@ class HeadProjections(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-        """Projects (B, N, C) to q, k, v, (B, N, h, C // h) each, and the bias of the values (C,)."""
+        """Projects (B, N, C) to q, k, v, (B, N, h, C // h) each, and the values' bias (C,)."""
         c, h = x.shape[-1], self.num_heads
         init = uniform_fan_in(c)
         kernel = self.param("kernel", init, (c, 3 * c), self.param_dtype)

@@ -48,7 +48,7 @@ def depthwise3x3(
       bias: (C,).
       residual: whether g itself is added; else the kernel's centre holds the one.
       before: (C,): g is GELU(x + before); None: g is x.
-      form: as in `models.kernels.Kernels.depthwise`; where a kernel does not take x, the plain one is used.
+      form: as in `Kernels.depthwise`; where a kernel does not take x, the plain one is used.
 
     Returns:
       (B, H, W, C) in the dtype of `x`; sums are in at least float32, in the gradient too.

@@ -26,7 +26,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _written_gradient(y: jax.Array) -> jax.Array:
-    """The same y; its gradient is written as it comes, not in float32 by the first that needs it."""
+    """The same y, whose gradient is written in its dtype; XLA would write it in float32."""
     return y
 
 
@@ -48,7 +48,7 @@ def _normalise_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Arra
     # float32, and read.
     mean, inverse = jax.lax.optimization_barrier(_moments(x))
     y = (x.astype(mean.dtype) - mean) * inverse
-    # Linear in dx. Two means that do not wait for each other, in the transpose either: y has mean 0.
+    # Linear in dx. Two means that do not wait for each other, also transposed, as y has mean 0.
     dx = dx.astype(mean.dtype)
     shift, slope = (jnp.mean(t, axis=-1, keepdims=True) for t in (dx, dx * y))
     return _normalise(x), inverse * (dx - shift - y * slope)

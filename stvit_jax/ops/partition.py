@@ -1,4 +1,4 @@
-"""Kernels on several devices: the compiler cannot look into a call, so it is told how to split it."""
+"""Kernels on several devices: a compiler that cannot look into a call is told how to split it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -27,10 +27,10 @@ from stvit_jax.data.order import Order
 from stvit_jax.data.sources import open_source
 from stvit_jax.errors import UserError, listing
 from stvit_jax.models import fold
+from stvit_jax.models.kernels import PLAIN, kernels_of
 from stvit_jax.models.settings import absent
 from stvit_jax.models.settings import images as input_of
 from stvit_jax.models.stvit import STViT, create_model
-from stvit_jax.models.kernels import PLAIN, kernels_of
 from stvit_jax.tasks import robustness
 from stvit_jax.training.task import Batch, Evaluation, Metrics, Picture, Task, Variables
 
