@@ -5,11 +5,14 @@ They are those that the accelerators have themselves: jax's CUDA plugin with ptx
 is set up by the environment, which is read once: `prepare` comes before anything that imports JAX.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
 import re
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +57,11 @@ CHIPS = {
         80 * GIB,
         # The plugin alone would never call ptxas.
         ("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"),
-        # Without a device nothing can be timed, and Triton's default tiles can fail.
-        {"XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"},
+        {
+            # Without a device nothing can be timed, and Triton's default tiles can fail.
+            "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0",
+            "MOSAIC_GPU_DUMP_PTXAS": "1",  # registers and spills of our kernels
+        },
     ),
     # As JAX runs on one: the two cores of a chip are one device.
     "v4": Chip(32 * GIB, ("libtpu",), LIBTPU, {"chip_config_name": "megacore"}),
@@ -100,6 +106,43 @@ def prepare(target: str) -> None:
     os.environ |= chip_of(target).environment | {"JAX_PLATFORMS": "cpu"}
 
 
+@dataclasses.dataclass
+class Ptxas:
+    """What ptxas says of the kernels of our own that were compiled, each as often as it was.
+
+    Attributes:
+      registers: of a thread.
+      spilled: bytes that found no register.
+    """
+
+    registers: list[int] = dataclasses.field(default_factory=list)
+    spilled: list[int] = dataclasses.field(default_factory=list)
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[Ptxas]:
+    """Collects what ptxas prints, from below Python; all else is printed when the block ends."""
+    said = Ptxas()
+    with tempfile.TemporaryFile() as file:
+        before = {n: os.dup(n) for n in (1, 2)}
+        for n in before:
+            os.dup2(file.fileno(), n)
+        try:
+            yield said
+        finally:
+            for n, descriptor in before.items():
+                os.dup2(descriptor, n)
+                os.close(descriptor)
+            file.seek(0)
+            for line in file.read().decode(errors="replace").splitlines():
+                if found := re.search(r"Used (\d+) registers", line):
+                    said.registers.append(int(found[1]))
+                elif found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+                    said.spilled.append(int(found[1]) + int(found[2]))
+                elif not re.match(r"ptxas info|\s*$", line):
+                    print(line, file=sys.stderr)
+
+
 def devices(target: str) -> list[Any]:
     """The chips of a target.
 
@@ -114,6 +157,7 @@ def devices(target: str) -> list[Any]:
     if kind == "h100":
         from jax._src.cudnn import fused_attention_stablehlo
 
+        # JAX asks the device's cuDNN; of the program only a call of it is seen here.
         fused_attention_stablehlo.check_cudnn_version = lambda: 91002
         described = H100.read_text()
         shape = f"1x1x{shape or 1}"  # slices x hosts x devices
@@ -153,6 +197,7 @@ def program(config: "ConfigDict", mode: str, chips: list[Any]) -> Program:
       UserError: a mistake in the config.
     """
     import jax
+    import numpy as np
 
     from stvit_jax import plans, tasks
     from stvit_jax.data.examples import batch_spec
@@ -167,9 +212,12 @@ def program(config: "ConfigDict", mode: str, chips: list[Any]) -> Program:
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda key: init_state(task.init, tx, key, config.ema_decay > 0), key)
     if mode == "infer":
+        # As eval_only has it.
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.variables)
+        variables = jax.eval_shape(lambda: task.fold(zeros))
         evaluation = task.evaluations[0]
         batch = abstract_batch(batch_spec(evaluation.examples), config.batch_size)
-        return Program(evaluation.measure, [state.variables, batch], mesh, donate=False)
+        return Program(evaluation.measure, [variables, batch], mesh, donate=False)
     step = plans.train_step_of(config, task, tx, mesh)
     batch = abstract_batch(batch_spec(task.train), config.batch_size)
     return Program(step, [state, batch, key], mesh, donate=True)

@@ -12,7 +12,8 @@ for the step says so, and then only that is known; before that it recomputes wha
 number of operations that it does twice is printed.
 
 FLOPs and bytes are the compiler's own count, in which the body of a loop counts once; a GPU's
-compiler does not count.
+compiler does not count. The account of what moves through memory is ours (`traffic.py`): by kind of
+kernel, by source line, the largest kernels, and what one block a stage says of a whole network.
 """
 
 import collections
@@ -26,7 +27,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from benchmarks import compilers
+from benchmarks import compilers, traffic
 from benchmarks.hlo import Collective, collectives, recomputed
 from stvit_jax import command_line
 from stvit_jax.console import say
@@ -84,8 +85,11 @@ def described(config: ConfigDict, mode: str, target: str, chips: int) -> dict[st
     }
 
 
-def account(compiled: Any, images: float) -> dict[str, Any]:
-    """What a compiled step does to a chip whose share is so many images."""
+def account(compiled: Any, images: float, depths: Sequence[int] | None) -> dict[str, Any]:
+    """What a compiled step does to a chip whose share is so many images.
+
+    `depths`: of the whole network, where the step has one block a stage; else None.
+    """
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     sizes = {
         name: getattr(memory, f"{name}_size_in_bytes")
@@ -102,6 +106,9 @@ def account(compiled: Any, images: float) -> dict[str, Any]:
         "sizes": sizes,
         "recomputed": recomputed(text),
         "collectives": grouped(collectives(text)),
+        "stacked_reductions": traffic.stacked_reductions(text),
+        "traffic": traffic.summary(traffic.whole(traffic.kernels(text), depths), images),
+        "whole": depths is not None,
     }
 
 
@@ -112,6 +119,15 @@ def grouped(found: Iterable[Collective]) -> list[dict[str, Any]]:
         counts[c.bytes, c.elements, c.kind, c.dtype] += c.times
     keys = ("bytes", "elements", "kind", "dtype")
     return [dict(zip(keys, k, strict=True)) | {"count": n} for k, n in sorted(counts.items())[::-1]]
+
+
+def whole_depths(config: ConfigDict) -> Sequence[int] | None:
+    """The depths of the variant, where the config has one block of each stage; else None."""
+    from stvit_jax.models.stvit import VARIANTS  # imports JAX
+
+    if config.model.depths is None or set(config.model.depths) != {1}:
+        return None
+    return VARIANTS[config.model.name]["depths"]
 
 
 def needed(message: str) -> int | None:
@@ -141,6 +157,11 @@ def report(row: dict[str, Any]) -> list[str]:
     if row["flops_per_image"]:
         flops, accessed = row["flops_per_image"] / 1e9, row["bytes_per_image"] / 1e6
         lines.append(f"an image: {flops:.2f} GFLOP, {accessed:.1f} MB accessed")
+    if own := row["registers"]:
+        spills = f"{sum(row['spilled'])} bytes spilled" if any(row["spilled"]) else "no spills"
+        lines.append(f"{len(own)} kernels of our own: {min(own)} to {max(own)} registers, {spills}")
+    if row["stacked_reductions"]:
+        lines.append(f"sums of stacks, which no account sees: {row['stacked_reductions']}")
     if row["recomputed"]:
         lines.append(f"for want of room the compiler does {row['recomputed']} operations twice")
     return lines + collective_lines(row["collectives"])
@@ -195,13 +216,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     row = described(config, args.mode, args.target, len(chips))
     start = time.monotonic()
     try:
-        compiled = program.compile()
+        with compilers.heard() as ptxas:
+            compiled = program.compile()
     except jax.errors.JaxRuntimeError as error:
         if "Ran out of memory" not in str(error):
             raise
         found = {"error": one_line(error), "peak_bytes": needed(str(error)), "fits": False}
     else:
-        found = account(compiled, config.batch_size / len(chips))
+        images = config.batch_size / len(chips)
+        found = account(compiled, images, whole_depths(config))
+        found |= {"registers": ptxas.registers, "spilled": ptxas.spilled}
         found["fits"] = found["peak_bytes"] <= compilers.chip_of(args.target).memory
         if args.dump_hlo:
             args.dump_hlo.write_text(compiled.as_text())
@@ -209,6 +233,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     row |= {"compile_seconds": round(seconds), "chip_bytes": memory} | found
     for line in report(row):
         say(line)
+    if "traffic" in row:
+        kernels = traffic.whole(traffic.kernels(compiled.as_text()), whole_depths(config))
+        if row["whole"]:
+            say("the whole network, from its one block a stage:")
+        for line in traffic.report(kernels, images):
+            say(line)
     if args.json:
         with args.json.open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -64,8 +64,10 @@ def kernels(program: str) -> list[Kernel]:
     return list(_walk(named, entry, 1, _Lines(program)))
 
 
-def whole(found: Iterable[Kernel], depths: Sequence[int]) -> list[Kernel]:
-    """Of a network of one block a stage, what one of `depths` blocks would have."""
+def whole(found: Iterable[Kernel], depths: Sequence[int] | None) -> list[Kernel]:
+    """Of a network of one block a stage, what one of `depths` would have; None: as they are."""
+    if depths is None:
+        return list(found)
     result = []
     for kernel in found:
         stage = _BLOCK.search(kernel.op_name)
@@ -81,7 +83,7 @@ def stacked_reductions(program: str) -> list[str]:
     return [name for name, lines in named.items() if _sums_a_stack(lines)]
 
 
-def summary(found: Sequence[Kernel], images: int) -> dict:
+def summary(found: Sequence[Kernel], images: float) -> dict:
     """Kernels and MB an image: in all, by kind, and in float32."""
     kinds: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
     for kernel in found:
@@ -98,7 +100,7 @@ def summary(found: Sequence[Kernel], images: int) -> dict:
     }
 
 
-def report(found: Sequence[Kernel], images: int, top: int = 12) -> list[str]:
+def report(found: Sequence[Kernel], images: float, top: int = 12) -> list[str]:
     """The account in words: by kind, by source line, and the largest kernels."""
     whole = summary(found, images)
     lines = [
