@@ -1,0 +1,77 @@
+"""Compiles the kernels for Hopper for every map of the published networks, and prints how many.
+
+    python -m tests.gpu_kernels
+
+Fails where ptxas does, where registers spill, or where a map crosses memory more often than the
+kernel says. Then compiles one for four GPUs: each must take its own images, and only the gradients
+of the weights be summed. `test_compilers.py` runs it.
+"""
+
+from functools import partial
+
+from benchmarks import compilers, traffic
+from benchmarks.hlo import collectives
+from tests.tpu_kernels import maps
+
+# Partial sums and weights against the maps, most where a map is 7x7.
+SLACK = 1.1
+
+
+def main() -> None:
+    compilers.prepare("h100")
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from stvit_jax.ops.depthwise import depthwise3x3
+
+    def gradient(x, kernel, bias, before, dy):
+        function = partial(depthwise3x3, form="mosaic_gpu")
+        if before is None:
+            return jax.vjp(function, x, kernel, bias)[1](dy)
+        function = lambda x, kernel, bias, before: depthwise3x3(  # noqa: E731
+            x, kernel, bias, before=before, form="mosaic_gpu"
+        )
+        return jax.vjp(function, x, kernel, bias, before)[1](dy)
+
+    def arguments(shape, gelu):
+        x, c = jax.ShapeDtypeStruct(shape, jnp.bfloat16), shape[-1]
+        weights = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((3, 3, 1, c), (c,))]
+        return x, *weights, weights[1] if gelu else None, x
+
+    def forward(x, kernel, bias, before, dy):
+        return depthwise3x3(x, kernel, bias, before=before, form="mosaic_gpu")
+
+    def compiled(function, arguments, target):
+        mesh = Mesh(np.array(compilers.devices(target)), ("data",))
+        split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+        shardings = (split, whole, whole, whole, split)
+        jitted = jax.jit(function, in_shardings=shardings)
+        return jitted.lower(*arguments).compile().as_text()
+
+    count = 0
+    for shape, gelu in maps():
+        for function, crossings in ((forward, 2), (gradient, 3)):
+            with compilers.heard() as ptxas:
+                program = compiled(function, arguments(shape, gelu), "h100")
+            assert len(ptxas.registers) == 1 and not any(ptxas.spilled), (shape, gelu, ptxas)
+            kernels = traffic.kernels(program)
+            (own,) = (kernel.bytes for kernel in kernels if kernel.kind == "own")
+            moved = own / (2 * np.prod(shape))
+            print(function.__name__, shape, gelu, f"{moved:.3f} crossings", ptxas.registers)
+            assert shape[0] == 1 or moved < SLACK * crossings, (shape, function, moved)
+            count += 1
+    print(f"{count} kernels compiled")
+
+    shape = (512, 14, 14, 1280)
+    program = compiled(gradient, arguments(shape, True), "h100:4")
+    found = collectives(program)
+    assert {c.kind for c in found} == {"all-reduce"}, found
+    assert {c.dtype for c in found} == {"f32"} and sum(c.elements for c in found) == 11 * 1280
+    assert "bf16[128,14,14,1280]" in program and "bf16[512" not in program
+    print("four devices: each its own images")
+
+
+if __name__ == "__main__":
+    main()
