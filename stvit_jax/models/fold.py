@@ -35,7 +35,8 @@ def fold_batch_norm(model: STViT, variables: Mapping[str, Any]) -> tuple[STViT, 
     """The same network with fewer operations, for inference only.
 
     Its outputs are equal but for rounding: to 1e-5 in float32, 1e-9 in float64. In bfloat16 they
-    are as far from the exact ones as before, unless a channel's mean is many times its deviation.
+    are as far from the exact ones as before, unless channels have means of several deviations:
+    docs/performance.md has numbers.
 
     Args:
       model: of any settings; a folded one is returned as it is, with its variables.
