@@ -72,6 +72,7 @@ def measure(case: Case, rounds: int) -> tuple[dict[str, Contender], dict[str, Se
             raise
         except Exception as error:  # of its many parts, a C++ compiler and Triton among them
             warn(f"torch.compile ({mode}) does not work here, and is left out: {described(error)}")
+    say(f"{case.describe()}: timing, {rounds} rounds")
     works = {name: contender.work for name, contender in contenders.items()}
     found = alternate(works, rounds, case.describe())
     if device.type == "cpu" and os.getloadavg()[0] > cores() + 1:  # our own load is at most `cores`

@@ -137,6 +137,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     modes = chosen("--mode", args.mode, MODES)
     if importlib.util.find_spec("torch") is None:
         raise UserError("the peer needs PyTorch: pip install torch")
+    if args.json:
+        args.json.write_text("[]\n")  # what cannot be written is known before hours have passed
     rows: list[dict[str, Any]] = []
     for model in models:
         for mode in modes:

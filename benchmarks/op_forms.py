@@ -60,7 +60,8 @@ class Op:
     """An operation.
 
     Attributes:
-      shapes: of its arguments by name, maps before weights, in a stage; None: the stage has none.
+      shapes: of its arguments by name, maps before weights, in a stage; None: the stage has none. A
+        map is called x and a 3x3 kernel kernel, which PyTorch keeps in another order.
       forms: by name, the network's own first.
     """
 

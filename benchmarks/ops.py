@@ -139,7 +139,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = command_line.parser("python -m benchmarks.ops", __doc__)
     parser.add_argument("--ops", default=",".join(OPS), metavar="NAME,...", help=", ".join(OPS))
-    parser.add_argument("--model", default="stvit_small", help="(stvit_small)")
+    parser.add_argument(
+        "--model", default="stvit_small", choices=list_models(), help="(stvit_small)"
+    )
     parser.add_argument("--image-size", type=int, help="pixels (224; 32 for stvit_tiny)")
     parser.add_argument("--batch-size", type=int, help="images (128; 8 on CPU)")
     parser.add_argument("--rounds", type=int, default=10, help="turns of each form (10)")
@@ -149,7 +151,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} is {value}; it must be at least 1")
     names = chosen("--ops", args.ops, list(OPS))
-    (name,) = chosen("--model", args.model, list_models())
+    if args.json:
+        args.json.write_text("[]\n")  # what cannot be written is known before the work
+    name = args.model
     batch = args.batch_size or (8 if jax.default_backend() == "cpu" else 128)
     stages = stages_of(create_model(name), args.image_size or SIZES.get(name, 224), batch)
     torch = peer()

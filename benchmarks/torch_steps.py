@@ -90,6 +90,7 @@ def contender(
     device = next(peer.parameters()).device
     on_gpu = device.type == "cuda"
     if on_gpu:
+        torch.set_float32_matmul_precision("high")  # TF32 in products of float32, as XLA has it
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if on_gpu else 0
     peer = copy.deepcopy(peer).train(case.mode == "train")

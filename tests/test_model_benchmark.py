@@ -125,6 +125,11 @@ def test_mistakes_are_named(arguments, message) -> None:
         model.main(arguments)
 
 
+def test_a_file_that_cannot_be_written_is_known_at_once(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        model.main(["--json", str(tmp_path / "nowhere" / "rows.json")])
+
+
 def test_pytorch_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     without = lambda name, *rest: None if name == "torch" else find(name, *rest)  # noqa: E731

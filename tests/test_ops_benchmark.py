@@ -100,3 +100,5 @@ def test_the_command(tmp_path: Path) -> None:
 def test_an_operation_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match="--ops: unknown depthwisse; known: depthwise, gelu_"):
         ops.main(["--ops", "depthwisse"])
+    with pytest.raises(UserError, match="invalid choice: 'stvit_tiny,stvit_small'"):
+        ops.main(["--model", "stvit_tiny,stvit_small"])
