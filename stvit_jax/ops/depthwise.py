@@ -6,7 +6,7 @@ nine shifted multiply-adds, because libraries' depthwise convolutions are slow o
 weight gradient above all, on GPU.
 
 Everything is made of plain operations, so that derivatives of any order work in both modes. Only
-the derivative by x is written out: it decides what the gradient compiles to.
+the derivatives are written out, as what transposes well: they decide what the gradient compiles to.
 
 Shapes: B images, H x W pixels, C channels.
 """
@@ -57,8 +57,8 @@ def _correlate_jvp(
     primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     (x, weights), (dx, dweights) = primals, tangents
-    dy = _spread(dx, weights[:9]) + _correlate(x, dweights)
-    return _correlate(x, weights), dy
+    by_weights = jax.lax.platform_dependent(x, dweights, cpu=_correlate_rows, default=_correlate)
+    return _correlate(x, weights), _spread(dx, weights[:9]) + by_weights
 
 
 def _spread(x: jax.Array, taps: jax.Array) -> jax.Array:
@@ -74,3 +74,26 @@ def _spread(x: jax.Array, taps: jax.Array) -> jax.Array:
         for dx in range(3)
     )
     return total.astype(dtype)[:, 1:-1, 1:-1]
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def _correlate_rows(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """`_correlate`, row by row: its transpose by the weights is what matters, on CPU.
+
+    That multiplies and adds in one pass over x and the gradient of y, a row of all images at a
+    time. The transpose of `_correlate` writes nine shifts of x out before it sums.
+    """
+    b, h, w, c = x.shape
+    # The gradients of the ten are summed within an image first, as those of `_correlate`.
+    taps = jnp.broadcast_to(weights[None, :, None], (b, 10, 1, c))
+    taps = [jnp.broadcast_to(tap[:, 0], (b, w, c)) for tap in jnp.split(taps, 10, axis=1)]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def row(y: jax.Array) -> jax.Array:
+        rows = jax.lax.dynamic_slice_in_dim(padded, y, 3, axis=1).astype(wide(x.dtype))
+        shifts = [rows[:, dy, dx : dx + w] for dy in range(3) for dx in range(3)]
+        products = (tap * shift for tap, shift in zip(taps, shifts, strict=False))
+        return sum(products) + taps[9]
+
+    return jnp.moveaxis(jax.lax.map(row, jnp.arange(h)), 0, 1).astype(x.dtype)
