@@ -28,6 +28,7 @@ from stvit_jax.errors import UserError, did_you_mean, kind_of, listing, one_line
 from stvit_jax.models import checks
 from stvit_jax.models.layers import Dtype, Layers
 from stvit_jax.ops import super_tokens
+from stvit_jax.ops.gelu import gelu
 from stvit_jax.ops.precision import wide
 
 Rate = float | jax.Array
@@ -56,9 +57,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         num_classes=10,
     ),
 }
-
-
-gelu = partial(jax.nn.gelu, approximate=False)
 
 
 class PatchEmbed(nn.Module):
