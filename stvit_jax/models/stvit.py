@@ -29,7 +29,7 @@ from stvit_jax.models import checks
 from stvit_jax.models.kernels import PLAIN, Kernels, kernels_of
 from stvit_jax.models.layers import Dtype, Layers
 from stvit_jax.ops import attention, super_tokens
-from stvit_jax.ops.depthwise import gelu
+from stvit_jax.ops.gelu import gelu
 from stvit_jax.ops.precision import wide
 
 Rate = float | jax.Array

@@ -6,8 +6,8 @@ The plain form is nine shifted multiply-adds, because libraries' depthwise convo
 CPU and, for the weight gradient above all, on GPU. In bfloat16 a device may have a kernel instead.
 
 The plain form is made of plain operations, so that derivatives of any order work in both modes.
-Only the derivative by x is written out: it decides what the gradient compiles to. Kernels have a
-gradient, and no more.
+Only the derivatives are written out, as what transposes well: they decide what the gradient
+compiles to. Kernels have a gradient, and no more.
 
 Shapes: B images, H x W pixels, C channels.
 """
@@ -19,16 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from stvit_jax.ops import depthwise_gpu, depthwise_tpu
+from stvit_jax.ops.gelu import gelu
 from stvit_jax.ops.partition import by_image
 from stvit_jax.ops.precision import wide
 
 _CENTRE = 4  # of the nine taps in row-major order
 _TPU_IMAGES = 16  # that a device has a multiple of
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU."""
-    return jax.nn.gelu(x, approximate=False)
 
 
 def depthwise3x3(
@@ -146,8 +142,8 @@ def _correlate_jvp(
     primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     (x, weights), (dx, dweights) = primals, tangents
-    dy = _spread(dx, weights[:9]) + _correlate(x, dweights)
-    return _correlate(x, weights), dy
+    by_weights = jax.lax.platform_dependent(x, dweights, cpu=_correlate_rows, default=_correlate)
+    return _correlate(x, weights), _spread(dx, weights[:9]) + by_weights
 
 
 def _spread(x: jax.Array, taps: jax.Array) -> jax.Array:
@@ -164,3 +160,26 @@ def _spread(x: jax.Array, taps: jax.Array) -> jax.Array:
         for dx in range(3)
     )
     return total[:, 1:-1, 1:-1]
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def _correlate_rows(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """`_correlate`, row by row: its transpose by the weights is what matters, on CPU.
+
+    That multiplies and adds in one pass over x and the gradient of y, a row of all images at a
+    time. The transpose of `_correlate` writes nine shifts of x out before it sums.
+    """
+    b, h, w, c = x.shape
+    # The gradients of the ten are summed within an image first, as those of `_correlate`.
+    taps = jnp.broadcast_to(weights[None, :, None], (b, 10, 1, c))
+    taps = [jnp.broadcast_to(tap[:, 0], (b, w, c)) for tap in jnp.split(taps, 10, axis=1)]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def row(y: jax.Array) -> jax.Array:
+        rows = jax.lax.dynamic_slice_in_dim(padded, y, 3, axis=1).astype(wide(x.dtype))
+        shifts = [rows[:, dy, dx : dx + w] for dy in range(3) for dx in range(3)]
+        products = (tap * shift for tap, shift in zip(taps, shifts, strict=False))
+        return sum(products) + taps[9]
+
+    return jnp.moveaxis(jax.lax.map(row, jnp.arange(h)), 0, 1).astype(x.dtype)
