@@ -7,14 +7,26 @@ kernel says. Then compiles one for four GPUs: each must take its own images, and
 of the weights be summed. `test_compilers.py` runs it.
 """
 
+import itertools
+from collections.abc import Iterator
 from functools import partial
 
 from benchmarks import compilers, traffic
 from benchmarks.hlo import collectives
-from tests.tpu_kernels import maps
+from tests.tpu_kernels import STAGES
 
 # Partial sums and weights against the maps, most where a map is 7x7.
 SLACK = 1.1
+
+
+def maps() -> Iterator[tuple[tuple[int, int, int, int], bool]]:
+    """Every map, and whether a GELU is there: positional on C channels, in the FFN on 4C."""
+    for batch, size in itertools.product((1, 128), (224, 384)):
+        for stage, (_, widths) in enumerate(STAGES):
+            side = size // 2 ** (stage + 2)
+            for width in widths:
+                yield (batch, side, side, width), False
+                yield (batch, side, side, 4 * width), True
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ class Kernels(NamedTuple):
     """The forms of the operations that have several.
 
     Attributes:
-      attention: among all pixels: "cudnn", or "plain".
+      attention: among all pixels, "cudnn"; among these and super tokens, "pallas_tpu"; "plain".
       depthwise: the depthwise convolutions: "mosaic_gpu" (Hopper), "pallas_tpu", or "plain".
     """
 
@@ -45,7 +45,7 @@ def kernels_of(dtype: Any, device: Any = None) -> Kernels:
     if device is None or isinstance(device, str):
         device = jax.devices(device)[0]
     if device.platform == "tpu":
-        return Kernels(depthwise="pallas_tpu")
+        return Kernels("pallas_tpu", "pallas_tpu")
     if device.platform != "gpu" or "." not in str(capability := device.compute_capability):
         return PLAIN  # AMD's names of architectures have no dot
     generation = int(capability.split(".")[0])

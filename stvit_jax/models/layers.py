@@ -154,11 +154,7 @@ class Product(nn.Module):
 class HeadProjections(nn.Module):
     """The 1x1 convolution to queries, keys and values of h heads.
 
-    Its 3C output channels are laid out per head: [q, k, v] of head 0, then of head 1, ... It is
-    computed as three products, because splitting the result of one costs a copy of it, and only the
-    queries get their bias here. That of the keys adds the same to all logits of a query, which
-    softmax does not see; that of the values goes through attention, whose weights sum to 1, as it
-    is, and so is the caller's to add.
+    Its 3C output channels are laid out per head: [q, k, v] of head 0, then of head 1, ...
     """
 
     num_heads: int
@@ -167,19 +163,29 @@ class HeadProjections(nn.Module):
     param_dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-        """Projects (B, N, C) to q, k, v, (B, N, h, C // h) each, and the values' bias (C,)."""
+    def __call__(self, x: jax.Array, apart: bool) -> tuple[Any, jax.Array | None]:
+        """Projects (B, N, C) to q, k, v, (B, N, h, C // h) each, or as one (B, N, 3C).
+
+        Apart, they are three products, because splitting the result of one costs a copy of it, and
+        only the queries get their bias. That of the keys adds the same to all logits of a query,
+        which softmax does not see; that of the values goes through attention, whose weights sum to
+        1, as it is: it is returned, (C,), for the caller to add.
+        """
         c, h = x.shape[-1], self.num_heads
         init = uniform_fan_in(c)
-        kernel = self.param("kernel", init, (c, 3 * c), self.param_dtype)
-        kernel = kernel.astype(self.dtype).reshape(c, h, 3, c // h)
-        q, k, v = (jnp.dot(x, kernel[:, :, i].reshape(c, c)) for i in range(3))
+        kernel = self.param("kernel", init, (c, 3 * c), self.param_dtype).astype(self.dtype)
         bias = None
         if self.use_bias:
-            bias = self.param("bias", init, (3 * c,), self.param_dtype).reshape(h, 3, c // h)
-            q = q + bias[:, 0].reshape(c).astype(self.dtype)
-            bias = bias[:, 2].reshape(c)
-        return *(part.reshape(*x.shape[:2], h, c // h) for part in (q, k, v)), bias
+            bias = self.param("bias", init, (3 * c,), self.param_dtype)
+        if not apart:
+            y = jnp.dot(x, kernel)
+            return (y if bias is None else y + bias.astype(self.dtype)), None
+        kernels = jnp.moveaxis(kernel.reshape(c, h, 3, c // h), 2, 0).reshape(3, c, c)
+        q, k, v = (jnp.dot(x, kernel) for kernel in kernels)
+        if bias is not None:
+            bias = jnp.moveaxis(bias.reshape(h, 3, c // h), 1, 0).reshape(3, c)
+            q, bias = q + bias[0].astype(self.dtype), bias[2]
+        return tuple(part.reshape(*x.shape[:2], h, c // h) for part in (q, k, v)), bias
 
 
 class LayerNorm(nn.Module):

@@ -120,17 +120,23 @@ class SuperTokenAttention(nn.Module):
     def attend(self, x: jax.Array) -> jax.Array:
         """Multi-head self-attention of all tokens of `x` (B, H, W, C)."""
         b, height, width, c = x.shape
-        q, k, v, bias = self.make.qkv(self.num_heads, self.qkv_bias)(
-            x.reshape(b, height * width, c)
-        )
-        if self.is_mutable_collection("intermediates"):  # they are wanted, so they are computed
-            weights = attention.weights(q, k)
-            self.sow("intermediates", "attention", weights)
-            y = attention.attended(weights, v)
-        elif self.stoken_size == 1 and self.make.kernels.attention == "cudnn":
-            y = attention.cudnn(q, k, v)
+        x = x.reshape(b, height * width, c)
+        wanted = self.is_mutable_collection("intermediates")  # then attention itself is computed
+        form = "plain" if wanted else self.make.kernels.attention
+        projections = self.make.qkv(self.num_heads, self.qkv_bias)
+        if form == "pallas_tpu" and attention.tpu_takes(x):
+            qkv, bias = projections(x, apart=False)
+            y = attention.tpu(qkv, self.num_heads)
         else:
-            y = attention.plain(q, k, v)
+            (q, k, v), bias = projections(x, apart=True)
+            if wanted:
+                weights = attention.weights(q, k)
+                self.sow("intermediates", "attention", weights)
+                y = attention.attended(weights, v)
+            elif form == "cudnn" and self.stoken_size == 1:
+                y = attention.cudnn(q, k, v)
+            else:
+                y = attention.plain(q, k, v)
         y, bias = self.make.product(c, "proj")(y.reshape(b, height, width, c), bias)
         return y + bias.astype(y.dtype)
 

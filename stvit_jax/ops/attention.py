@@ -1,12 +1,20 @@
-"""Multi-head attention among all tokens: plain, or by cuDNN, which keeps its matrices on chip.
+"""Multi-head attention among all tokens: plain, or in one kernel that keeps its matrices on chip.
+
+cuDNN has one for GPUs, and we have one for TPUs.
 
 Shapes: B images, N tokens, h heads, d channels of a head.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
+from stvit_jax.ops import attention_tpu
+from stvit_jax.ops.partition import by_image
 from stvit_jax.ops.precision import wide_einsum
+
+_TPU_TOKENS = 1024  # whose logits, in float32, fit in the chip
 
 
 def weights(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -49,3 +57,32 @@ def _cudnn_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 _cudnn_forward.defvjp(lambda q, k, v: jax.vjp(plain, q, k, v), lambda pull, dy: pull(dy))
+
+
+def tpu_takes(x: jax.Array) -> bool:
+    """Whether `tpu` takes the tokens x (B, N, C)."""
+    return x.dtype == jnp.bfloat16 and x.shape[1] <= _TPU_TOKENS
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def tpu(qkv: jax.Array, heads: int) -> jax.Array:
+    """Attention in one Pallas TPU kernel.
+
+    Args:
+      qkv: (B, N, 3C) bfloat16, by head: [q, k, v] of head 0, then of head 1, ...
+      heads: h.
+
+    Returns:
+      (B, N, C).
+    """
+    return by_image(lambda qkv: (attention_tpu.attention(qkv, heads),), (True,), qkv)[0]
+
+
+def _tpu_backward(heads: int, qkv: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    def gradient(qkv: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+        return (attention_tpu.attention_gradient(qkv, dy, heads),)
+
+    return by_image(gradient, (True, True), qkv, dy)
+
+
+tpu.defvjp(lambda qkv, heads: (tpu(qkv, heads), qkv), _tpu_backward)

@@ -74,7 +74,7 @@ def with_bias(path: str, output, params):
         return sum(output)
     if not path.endswith("qkv/__call__"):
         return jax.tree.leaves(output)[0]
-    q, k, v, _ = output
+    (q, k, v), _ = output
     _, bk, bv = np.moveaxis(
         flatten_dict(params, sep="/")[path.replace("__call__", "bias")].reshape(
             q.shape[2], 3, q.shape[3]
