@@ -354,10 +354,10 @@ def _call(
 ) -> Callable:
     return plgpu.kernel(
         kernel,
-        out_shape=out,
+        out_type=out,
         grid=grid,
         grid_names=("images", "channels"),
-        scratch_shapes=scratch,
+        scratch_types=scratch,
         **({"interpret": interpret} if interpret else {}),
     )
 
