@@ -1,4 +1,4 @@
-"""The compilers of accelerators that are not there: the step of a config for an H100 or TPU slice.
+"""The compilers of accelerators that are not there: the step of a config for a GPU or TPU slice.
 
 They are those that the accelerators have themselves: jax's CUDA plugin with ptxas, and libtpu
 (requirements-compilers.txt). Nothing is executed. A process compiles for one of them, because each
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 GIB = 2**30
-H100 = Path(__file__).parent / "gpu_target_h100.txtpb"  # as XLA describes the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +36,14 @@ class Chip:
       packages: that compile for it.
       environment: of a process that does.
       options: of the description of a slice.
+      described: of a GPU, the file beside this one in which XLA describes the device.
     """
 
     memory: int
     packages: tuple[str, ...]
     environment: dict[str, str]
     options: dict[str, str] = dataclasses.field(default_factory=dict)
+    described: str | None = None
 
 
 LIBTPU = {
@@ -52,23 +53,22 @@ LIBTPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+# The plugin alone would never call ptxas.
+CUDA_PACKAGES = ("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12")
+CUDA = {
+    # Without a device nothing can be timed, and Triton's default tiles can fail.
+    "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0",
+    "MOSAIC_GPU_DUMP_PTXAS": "1",  # registers and spills of our kernels
+}
 CHIPS = {
-    "h100": Chip(
-        80 * GIB,
-        # The plugin alone would never call ptxas.
-        ("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"),
-        {
-            # Without a device nothing can be timed, and Triton's default tiles can fail.
-            "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0",
-            "MOSAIC_GPU_DUMP_PTXAS": "1",  # registers and spills of our kernels
-        },
-    ),
+    "h100": Chip(80 * GIB, CUDA_PACKAGES, CUDA, described="gpu_target_h100.txtpb"),
+    "a100": Chip(80 * GIB, CUDA_PACKAGES, CUDA, described="gpu_target_a100.txtpb"),
     # As JAX runs on one: the two cores of a chip are one device.
     "v4": Chip(32 * GIB, ("libtpu",), LIBTPU, {"chip_config_name": "megacore"}),
     "v5e": Chip(16 * GIB, ("libtpu",), LIBTPU),
     "v6e": Chip(32 * GIB, ("libtpu",), LIBTPU),
 }
-EXAMPLES = "h100, h100:4, v5e:2x4, v5e:16x16, v4:2x2x4, v6e:16x16"
+EXAMPLES = "h100, h100:4, a100, v5e:2x4, v5e:16x16, v4:2x2x4, v6e:16x16"
 
 
 def chip_of(target: str) -> Chip:
@@ -81,7 +81,9 @@ def chip_of(target: str) -> Chip:
     if kind not in CHIPS:
         hint = did_you_mean(kind, CHIPS)
         raise UserError(f"--target {one_line(target)} is unknown; {hint}such as {EXAMPLES}")
-    if not re.fullmatch(r"([1-9]\d*)?" if kind == "h100" else r"[1-9]\d*(x[1-9]\d*)+", shape):
+    if not re.fullmatch(
+        r"([1-9]\d*)?" if CHIPS[kind].described else r"[1-9]\d*(x[1-9]\d*)+", shape
+    ):
         raise UserError(f"--target {one_line(target)} is no shape of {kind}; such as {EXAMPLES}")
     return CHIPS[kind]
 
@@ -154,14 +156,14 @@ def devices(target: str) -> list[Any]:
 
     jax.devices()  # has jax find its plugins
     kind, _, shape = target.partition(":")
-    if kind == "h100":
+    if file := CHIPS[kind].described:
         from jax._src.cudnn import fused_attention_stablehlo
 
         # JAX asks the device's cuDNN; of the program only a call of it is seen here.
         fused_attention_stablehlo.check_cudnn_version = lambda: 91002
-        described = H100.read_text()
+        described = (Path(__file__).parent / file).read_text()
         shape = f"1x1x{shape or 1}"  # slices x hosts x devices
-        topology = get_topology_desc("h100", "cuda", topology=shape, target_config=described)
+        topology = get_topology_desc(kind, "cuda", topology=shape, target_config=described)
         return list(topology.devices)
     options: dict[str, Any] = dict(CHIPS[kind].options)
     if set(shape) <= set("1x"):

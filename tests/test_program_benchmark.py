@@ -99,7 +99,7 @@ def test_what_a_program_without_room_would_need(message, expected) -> None:
 @pytest.mark.parametrize(
     "target, message",
     [
-        ("v5f:2x4", "--target v5f:2x4 is unknown; did you mean v5e? such as h100, h100:4, v5e:2x4"),
+        ("v5f:2x4", "--target v5f:2x4 is unknown; did you mean v5e? such as h100, h100:4, a100"),
         ("v5e", "--target v5e is no shape of v5e; such as"),
         ("h100:0", "--target h100:0 is no shape of h100"),
     ],

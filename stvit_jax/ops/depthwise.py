@@ -24,7 +24,7 @@ from stvit_jax.ops.partition import by_image
 from stvit_jax.ops.precision import wide
 
 _CENTRE = 4  # of the nine taps in row-major order
-_TPU_IMAGES = 16  # that a device has a multiple of
+_TPU_IMAGES = 16  # of a device: so many, a multiple, or less
 
 
 def depthwise3x3(
@@ -64,8 +64,10 @@ def has_kernel(form: str, x: jax.Array) -> bool:
     """Whether the kernel of a form takes x (B, H, W, C)."""
     if x.dtype != jnp.bfloat16:
         return False
-    _, _, w, c = x.shape
-    return form == "pallas_tpu" or (form == "mosaic_gpu" and depthwise_gpu.takes(w, c))
+    b, _, w, c = x.shape
+    if form == "pallas_tpu":
+        return b <= _TPU_IMAGES or b % _TPU_IMAGES == 0
+    return form == "mosaic_gpu" and depthwise_gpu.takes(w, c)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
