@@ -4,12 +4,12 @@
     python -m benchmarks.program --target h100 --config configs/stvit_base.py:384 --mode infer \
         --config.dtype=float32
 
-The step is the one that train.py compiles, on random pictures of 1,000 classes. Targets: h100,
-h100:4, a100, or a TPU slice by its shape: v5e:2x4, v5e:16x16, v4:2x2x4 (16 chips), v6e:16x16. It
-needs `pip install -r requirements-compilers.txt`, one core and minutes (tens of them for a whole network
-on hundreds of chips); nothing is executed, so this measures no speed. A compiler that finds no room
-for the step says so, and then only that is known; before that it recomputes what it can, and the
-number of operations that it does twice is printed.
+The step is the one that train.py compiles, or eval_only with `--mode infer`, on random pictures of
+1,000 classes. Targets: h100, h100:4, a100, or a TPU slice by its shape: v5e:2x4, v5e:16x16,
+v4:2x2x4 (16 chips), v6e:16x16. It needs `pip install -r requirements-compilers.txt`, one core and
+minutes (tens of them for a whole network on hundreds of chips); nothing is executed, so this
+measures no speed. A compiler that finds no room for the step says so, and then only that is known;
+before that it recomputes what it can, and the number of operations that it does twice is printed.
 
 FLOPs and bytes are the compiler's own count, in which the body of a loop counts once; a GPU's
 compiler does not count. The account of what moves through memory is ours (`traffic.py`): by kind of

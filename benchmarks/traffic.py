@@ -2,8 +2,8 @@
 
 A kernel is an instruction of the scheduled program; what happens inside a fusion stays on the chip.
 An operand counts once a kernel and whole, even where the kernel reads a slice of it; a kernel of
-our own counts alike, and so does a library's, without its workspace. Caches are not modelled: a map
-of this network is larger than any.
+our own counts alike, and so does a library's, without its workspace. What a TPU keeps on the chip
+does not count. Caches are not modelled: a map of this network is larger than any.
 
 One way to deceive such an account is a sum over products that are stacked first: every row of the
 stack reads the same operands again, and they count once. `stacked_reductions` finds these.
@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from benchmarks import hlo
 
+_ARRAY = re.compile(hlo.TYPE.pattern + r"(?:\{([^}]*)\})?")  # with its layout, and there its memory
 _FREE = set(
     "parameter constant bitcast tuple get-tuple-element after-all add-dependency opt-barrier "
     "partition-id replica-id".split()
@@ -148,16 +149,27 @@ def _walk(named: dict[str, list[str]], name: str, times: int, lines: "_Lines") -
 
 
 def _kernel(found, line, types, named, times, lines) -> Kernel:  # noqa: ANN001
-    operands = dict.fromkeys(re.findall(r"%([\w.-]+)", _inside(found["rest"])))
-    moved = [found["type"], *(types.get(name, "") for name in operands)]
-    library = found["op"] == "custom-call"
-    sizes = [_sizes(t, workspace=not (library and i == 0)) for i, t in enumerate(moved)]
+    sizes: collections.Counter = collections.Counter()
+    if found["op"] in ("copy-start", "slice-start"):
+        # Of a copy (to, from), of a slice (from, to): what moves is as large as what arrives.
+        one, other = _arrays(found["type"])[:2]
+        size = (one if found["op"] == "copy-start" else other)[1]
+        for dtype, _, outside in (one, other):
+            sizes[dtype] += size * outside
+    else:
+        operands = dict.fromkeys(re.findall(r"%([\w.-]+)", _inside(found["rest"])))
+        moved = [found["type"], *(types.get(name, "") for name in operands)]
+        for i, kind in enumerate(moved):
+            # A library's workspace comes as bytes among its results.
+            library = i == 0 and found["op"] == "custom-call"
+            for dtype, size, outside in _arrays(kind):
+                sizes[dtype] += size * (outside and not (library and dtype in ("s8", "u8")))
     name = re.search(r'op_name="([^"]*)"', line)
     return Kernel(
         found["name"],
         _kind(found["op"], line, named),
-        times * sum(sum(size.values()) for size in sizes),
-        times * sum(size["f32"] for size in sizes),
+        times * sum(sizes.values()),
+        times * sizes["f32"],
         times,
         lines.of(line),
         name[1] if name else "",
@@ -175,14 +187,16 @@ def _inside(rest: str) -> str:
     return rest
 
 
-def _sizes(kind: str, workspace: bool) -> collections.Counter:
-    """Bytes by dtype; a library's workspace comes as bytes among its results."""
-    sizes: collections.Counter = collections.Counter()
-    for dtype, shape in hlo.TYPE.findall(kind):
-        if workspace or dtype not in ("s8", "u8"):
-            n = math.prod(int(side) for side in shape.split(",") if side)
-            sizes[dtype] += n * hlo.bits(dtype) // 8
-    return sizes
+def _arrays(kind: str) -> list[tuple[str, int, bool]]:
+    """Dtype and bytes of the arrays of a type, and whether they are outside the chip."""
+    return [
+        (
+            dtype,
+            math.prod(int(side) for side in shape.split(",") if side) * hlo.bits(dtype) // 8,
+            "S(1)" not in layout,
+        )
+        for dtype, shape, layout in _ARRAY.findall(kind)
+    ]
 
 
 def _kind(op: str, line: str, named: dict[str, list[str]]) -> str:
@@ -200,7 +214,7 @@ def _kind(op: str, line: str, named: dict[str, list[str]]) -> str:
                 return kind
         return target
     if op != "fusion":
-        return "move" if op in _MOVES else op
+        return "move" if op in _MOVES or op in ("copy-start", "slice-start") else op
     if "triton_gemm" in line:
         return "gemm"
     inside = _fused(named, _CALLS.search(line)[1])
