@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from stvit_jax.models.kernels import kernels_of
 from stvit_jax.models.layers import Layers
 from stvit_jax.models.stvit import STViT, gelu
-from stvit_jax.ops import super_tokens
+from stvit_jax.ops import attention, super_tokens
 from stvit_jax.ops.depthwise import depthwise3x3
-from stvit_jax.ops.precision import wide
 
 Shapes = dict[str, tuple[int, ...]]
 Form = Callable[..., jax.Array]
@@ -98,24 +98,18 @@ def _batch_norm(stage: Stage, x: jax.Array, scale: jax.Array, bias: jax.Array) -
 
 
 def _downsample(stage: Stage, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    conv = _layers(x).conv3x3(x.shape[-1], kernel.shape[-1], 2, name="proj_0")
+    conv = _layers(x).conv3x3(kernel.shape[-1], 2, name="proj_0")
     return conv.apply({"params": {"kernel": kernel, "bias": bias}}, x)
 
 
 def _pointwise_gelu(stage: Stage, x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
-    dense = _layers(x).conv1x1(*weight.shape, "fc1")
+    dense = _layers(x).conv1x1(weight.shape[-1], "fc1")
     return gelu(dense.apply({"params": {"kernel": weight, "bias": bias}}, x))
 
 
 def _super_tokens(stage: Stage, x: jax.Array) -> jax.Array:
     tokens, association = super_tokens.sample(x, stage.cell, stage.n_iter)
     return super_tokens.spread(tokens, association, stage.side, stage.side)
-
-
-def _attention(stage: Stage, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide(q.dtype))
-    attention = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
-    return jnp.einsum("bhqk,bkhd->bqhd", attention.astype(q.dtype), v)
 
 
 def _map_and(channels: Callable[[Stage], int], *weights: str) -> Callable[[Stage], Shapes]:
@@ -172,13 +166,37 @@ OPS: dict[str, Op] = {
     "attention": Op(
         _attention_shapes,
         {
-            "plain": _attention,
+            "plain": lambda stage, q, k, v: attention.plain(q, k, v),
             "jax.nn": lambda stage, q, k, v: jax.nn.dot_product_attention(q, k, v),
         },
     ),
     "downsample": Op(_downsample_shapes, {"plain": _downsample}),
     "pointwise_gelu": Op(_pointwise_shapes, {"plain": _pointwise_gelu}),
 }
+
+
+def _kernel_attention(form: str) -> Form:
+    if form == "cudnn":
+        return lambda stage, q, k, v: attention.cudnn(q, k, v)
+
+    def of(stage: Stage, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        qkv = jnp.stack([q, k, v], axis=3).reshape(*q.shape[:2], -1)
+        return attention.tpu(qkv, stage.heads).reshape(q.shape)
+
+    return of
+
+
+def forms_of(op: str, dtype: Any) -> dict[str, Form]:
+    """The forms of an operation by name, with that of a kernel where JAX's device has one."""
+    kernels, forms = kernels_of(dtype), dict(OPS[op].forms)
+    if "depthwise" in op and kernels.depthwise != "plain":
+        before = (lambda x: jnp.zeros(x.shape[-1])) if "gelu" in op else (lambda x: None)
+        forms["kernel"] = lambda stage, x, kernel, bias: depthwise3x3(
+            x, kernel, bias, before=before(x), form=kernels.depthwise
+        )
+    if op == "attention" and kernels.attention != "plain":
+        forms["kernel"] = _kernel_attention(kernels.attention)
+    return forms
 
 
 def forward(form: Form, stage: Stage) -> Callable[..., Any]:

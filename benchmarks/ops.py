@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.model import SIZES, chosen
-from benchmarks.op_forms import OPS, Stage, forward, gradient, stages_of
+from benchmarks.op_forms import OPS, Stage, forms_of, forward, gradient, stages_of
 from benchmarks.timing import Work, alternate, cores
 from stvit_jax import command_line
 from stvit_jax.console import Progress, say
@@ -44,8 +44,9 @@ def arguments_of(op: str, stage: Stage) -> dict[str, np.ndarray] | None:
 
 def ours(op: str, form: str, what: str, stage: Stage, values: Sequence[jax.Array]) -> Callable:
     """A compiled form: a function of nothing."""
-    of = PASSES[what](OPS[op].forms[form], stage)
-    result = jax.eval_shape(forward(OPS[op].forms[form], stage), values, None)
+    function = forms_of(op, values[0].dtype)[form]
+    of = PASSES[what](function, stage)
+    result = jax.eval_shape(forward(function, stage), values, None)
     dy = jnp.ones(result.shape, result.dtype)
     compiled = jax.jit(of).lower(values, dy).compile()
     return lambda: compiled(values, dy)
@@ -97,7 +98,8 @@ def measure(
     theirs = torch[0].works(op, stage, arguments, torch[1], narrow) if torch else {}
     rows = []
     for what in PASSES:
-        works = {form: repeated(ours(op, form, what, stage, values)) for form in OPS[op].forms}
+        forms = forms_of(op, values[0].dtype)
+        works = {form: repeated(ours(op, form, what, stage, values)) for form in forms}
         if torch:
             works["torch"] = torch[0].repeated(theirs[what], torch[1])
         for work in works.values():

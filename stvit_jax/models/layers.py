@@ -18,7 +18,7 @@ from stvit_jax.errors import UserError
 from stvit_jax.models.kernels import PLAIN, Kernels
 from stvit_jax.ops.depthwise import depthwise3x3
 from stvit_jax.ops.layer_norm import layer_norm
-from stvit_jax.ops.precision import wide
+from stvit_jax.ops.precision import plus, product, wide
 
 Dtype = Any
 
@@ -128,18 +128,19 @@ class ResidualDepthwise(nn.Module):
         return depthwise3x3(x, kernel, bias, **how)
 
 
-class Product(nn.Module):
-    """A 1x1 convolution whose bias is left to what follows."""
+class Conv1x1(nn.Module):
+    """A biased 1x1 convolution; `apart`: its bias is left to what follows."""
 
     features: int
     dtype: Dtype
     param_dtype: Dtype
+    apart: bool = False
 
     @nn.compact
     def __call__(
         self, x: jax.Array, before: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        """Maps (B, H, W, C) to (B, H, W, features), and the bias (features,).
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """Maps (B, H, W, C) to (B, H, W, features), and apart from that the bias (features,).
 
         `before` (C,) would have been added to x: what comes of it is in the bias.
         """
@@ -148,7 +149,33 @@ class Product(nn.Module):
         bias = self.param("bias", init, (self.features,), self.param_dtype)
         if before is not None:
             bias = bias + jnp.dot(before, kernel, precision="highest")
-        return jnp.dot(x, kernel.astype(self.dtype)), bias
+        y = product(x, kernel)
+        return (y, bias) if self.apart else plus(y, bias)
+
+
+class Conv3x3(nn.Module):
+    """A biased 3x3 convolution, padded with one zero on all sides ("SAME": (0, 1) at stride 2)."""
+
+    features: int
+    stride: int
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (B, H, W, C) to (B, H / stride, W / stride, features), sizes rounded up."""
+        c = x.shape[-1]
+        init = uniform_fan_in(9 * c)
+        kernel = self.param("kernel", init, (3, 3, c, self.features), self.param_dtype)
+        bias = self.param("bias", init, (self.features,), self.param_dtype)
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel.astype(self.dtype),
+            (self.stride, self.stride),
+            ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return plus(y, bias)
 
 
 class HeadProjections(nn.Module):
@@ -173,18 +200,18 @@ class HeadProjections(nn.Module):
         """
         c, h = x.shape[-1], self.num_heads
         init = uniform_fan_in(c)
-        kernel = self.param("kernel", init, (c, 3 * c), self.param_dtype).astype(self.dtype)
+        kernel = self.param("kernel", init, (c, 3 * c), self.param_dtype)
         bias = None
         if self.use_bias:
             bias = self.param("bias", init, (3 * c,), self.param_dtype)
         if not apart:
-            y = jnp.dot(x, kernel)
-            return (y if bias is None else y + bias.astype(self.dtype)), None
+            y = product(x, kernel)
+            return (y if bias is None else plus(y, bias)), None
         kernels = jnp.moveaxis(kernel.reshape(c, h, 3, c // h), 2, 0).reshape(3, c, c)
-        q, k, v = (jnp.dot(x, kernel) for kernel in kernels)
+        q, k, v = (product(x, kernel) for kernel in kernels)
         if bias is not None:
             bias = jnp.moveaxis(bias.reshape(h, 3, c // h), 1, 0).reshape(3, c)
-            q, bias = q + bias[0].astype(self.dtype), bias[2]
+            q, bias = plus(q, bias[0]), bias[2]
         return tuple(part.reshape(*x.shape[:2], h, c // h) for part in (q, k, v)), bias
 
 
@@ -219,33 +246,13 @@ class Layers:
         """That of parameters and statistics: at least float32."""
         return wide(self.dtype)
 
-    def conv3x3(self, c_in: int, c_out: int, stride: int, name: str) -> nn.Conv:
-        """A biased 3x3 convolution, padded with one zero on all sides."""
-        init = uniform_fan_in(9 * c_in)
-        return nn.Conv(
-            c_out,
-            (3, 3),
-            stride,
-            padding=((1, 1), (1, 1)),  # "SAME" pads (0, 1) at stride 2
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=init,
-            bias_init=init,
-            name=name,
-        )
+    def conv3x3(self, c_out: int, stride: int, name: str) -> Conv3x3:
+        """A biased 3x3 convolution."""
+        return Conv3x3(c_out, stride, self.dtype, self.param_dtype, name=name)
 
-    def conv1x1(self, c_in: int, c_out: int, name: str | None, use_bias: bool = True) -> nn.Dense:
-        """A 1x1 convolution, initialised as one."""
-        init = uniform_fan_in(c_in)
-        return nn.Dense(
-            c_out,
-            use_bias,
-            self.dtype,
-            self.param_dtype,
-            kernel_init=init,
-            bias_init=init,
-            name=name,
-        )
+    def conv1x1(self, c_out: int, name: str | None, *, apart: bool = False) -> Conv1x1:
+        """A biased 1x1 convolution; `apart`: it hands its bias on."""
+        return Conv1x1(c_out, self.dtype, self.param_dtype, apart, name=name)
 
     def qkv(self, num_heads: int, use_bias: bool) -> HeadProjections:
         """The projections to queries, keys and values."""
@@ -264,10 +271,6 @@ class Layers:
     def depthwise(self, name: str) -> ResidualDepthwise:
         """A depthwise 3x3 convolution with its residual."""
         return ResidualDepthwise(self.param_dtype, self.kernels.depthwise, self.folded, name=name)
-
-    def product(self, c_out: int, name: str) -> Product:
-        """A 1x1 convolution, initialised as one, that hands its bias on."""
-        return Product(c_out, self.dtype, self.param_dtype, name=name)
 
     def layer_norm(self, name: str) -> LayerNorm:
         """LayerNorm over the channels, eps 1e-6."""

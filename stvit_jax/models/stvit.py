@@ -64,21 +64,18 @@ class PatchEmbed(nn.Module):
     """The stem: four times conv, GELU, BatchNorm (in this order); stride 4."""
 
     make: Layers
-    in_chans: int
     dim: int
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Embeds images (B, H, W, in_chans) as (B, H/4, W/4, dim), sizes rounded up."""
-        c = self.in_chans
+        """Embeds images (B, H, W, channels) as (B, H/4, W/4, dim), sizes rounded up."""
         for i, (width, stride) in enumerate(
             ((self.dim // 2, 2), (self.dim // 2, 1), (self.dim, 2), (self.dim, 1))
         ):
-            x = gelu(self.make.conv3x3(c, width, stride, name=f"proj_{3 * i}")(x))
+            x = gelu(self.make.conv3x3(width, stride, name=f"proj_{3 * i}")(x))
             # Its shift meets the zeros that the next convolution pads, so that cannot take it in.
             norm = self.make.batch_norm(f"proj_{3 * i + 2}", foldable=False)
             x = norm(x, train=train)
-            c = width
         return x
 
 
@@ -91,7 +88,7 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Takes (B, H, W, C) to (B, H/2, W/2, dim), sizes rounded up."""
-        x = self.make.conv3x3(x.shape[-1], self.dim, 2, name="proj_0")(x)
+        x = self.make.conv3x3(self.dim, 2, name="proj_0")(x)
         return self.make.batch_norm(name="proj_1")(x, train=train)
 
 
@@ -137,8 +134,7 @@ class SuperTokenAttention(nn.Module):
                 y = attention.cudnn(q, k, v)
             else:
                 y = attention.plain(q, k, v)
-        y, bias = self.make.product(c, "proj")(y.reshape(b, height, width, c), bias)
-        return y + bias.astype(y.dtype)
+        return self.make.conv1x1(c, "proj")(y.reshape(b, height, width, c), bias)
 
 
 class ConvFFN(nn.Module):
@@ -151,8 +147,8 @@ class ConvFFN(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (B, H, W, C) to the same shape."""
         c = x.shape[-1]
-        x = self.make.depthwise("conv")(*self.make.product(self.hidden, "fc1")(x))
-        return self.make.conv1x1(self.hidden, c, "fc2")(x)
+        x = self.make.depthwise("conv")(*self.make.conv1x1(self.hidden, "fc1", apart=True)(x))
+        return self.make.conv1x1(c, "fc2")(x)
 
 
 class Block(nn.Module):
@@ -267,7 +263,7 @@ class STViT(nn.Module):
         if isinstance(kernels, str):
             kernels = PLAIN if kernels == "plain" else kernels_of(self.dtype)
         make = Layers(self.dtype, self.group_size, kernels, self.folded)
-        self.patch_embed = PatchEmbed(make, self.in_chans, self.embed_dim[0])
+        self.patch_embed = PatchEmbed(make, self.embed_dim[0])
         self.layers = [
             Stage(
                 make,
@@ -288,7 +284,7 @@ class STViT(nn.Module):
             )
             for i in range(len(self.depths))
         ]
-        self.proj = make.conv1x1(self.embed_dim[-1], self.projection, None)
+        self.proj = make.conv1x1(self.projection, None)
         self.norm = make.batch_norm(None)
         self.head = make.linear(self.num_classes, None)
 

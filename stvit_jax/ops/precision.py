@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import linear_call
 
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
@@ -27,3 +28,51 @@ def wide_einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
         return product(a, b), tangent.astype(wide(a.dtype))
 
     return product(a, b)
+
+
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """X (..., C) times `kernel` (C, O), in the dtype of x, which may be narrower.
+
+    Then the gradient of `kernel` is in the kernel's own dtype from the first sum on: devices add up
+    float32, as PyTorch's data parallel training does; left alone, they would add up bfloat16.
+    """
+    return jnp.dot(x, kernel) if x.dtype == kernel.dtype else _narrow_product(x, kernel)
+
+
+@jax.custom_jvp
+def _narrow_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.dot(x, kernel.astype(x.dtype))
+
+
+@_narrow_product.defjvp
+def _narrow_product_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (x, kernel), (dx, dkernel) = primals, tangents
+
+    def transpose(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return jnp.einsum("...c,...o->co", x, dy, preferred_element_type=dkernel.dtype)
+
+    by_kernel = linear_call(_narrow_product, transpose, x, dkernel)
+    return _narrow_product(x, kernel), jnp.dot(dx, kernel.astype(x.dtype)) + by_kernel
+
+
+def plus(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """Y (..., C) + `bias` (C,), in the dtype of y, which may be narrower: see `product`."""
+    return y + bias if y.dtype == bias.dtype else _narrow_plus(y, bias)
+
+
+@jax.custom_jvp
+def _narrow_plus(y: jax.Array, bias: jax.Array) -> jax.Array:
+    return y + bias.astype(y.dtype)
+
+
+@_narrow_plus.defjvp
+def _narrow_plus_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (y, bias), (dy, dbias) = primals, tangents
+
+    def spread(_: None, dbias: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(dbias.astype(y.dtype), y.shape)
+
+    def transpose(_: None, dy: jax.Array) -> jax.Array:
+        return jnp.sum(dy, axis=tuple(range(dy.ndim - 1)), dtype=bias.dtype)
+
+    return _narrow_plus(y, bias), dy + linear_call(spread, transpose, None, dbias)
