@@ -144,7 +144,7 @@ def evaluate_only(
     except UserError as error:  # one that may only be read can be evaluated all the same
         warn(f"{error}; the result will be on the console only")
         where = None
-    programs.describe()
+    programs.describe(task.kernels)
     say(f"evaluating {found.source} on {images} images of {names}")
     try:
         metrics = evaluator(variables)

@@ -31,10 +31,11 @@ def keep(*, deterministic: bool) -> None:
     jax.config.update("jax_compilation_cache_dir", asked or None)
 
 
-def describe() -> None:
-    """Says where they are kept."""
+def describe(kernels: str) -> None:
+    """Says what they are made of, as `Task.kernels` has it, and where they are kept."""
     import jax
 
+    say(kernels)
     if (folder := jax.config.jax_compilation_cache_dir) and jax.config.jax_enable_compilation_cache:
         say(f"compiled programs are kept in {folder}")
 

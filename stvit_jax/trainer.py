@@ -208,7 +208,7 @@ class Trainer:
             f"{sum(len(e.examples.source) for e in task.evaluations)} to evaluate on; "
             f"workdir {where}"
         )
-        programs.describe()
+        programs.describe(task.kernels)
         spanning = parallel.spanning_groups(
             config.batch_size, config.group_size, self._mesh.size, config.gradient_accumulation
         )

@@ -27,9 +27,11 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 def kept(capsys: pytest.CaptureFixture[str], deterministic: bool = False) -> tuple[str | None, str]:
     """The folder, and all that is said."""
     programs.keep(deterministic=deterministic)
-    programs.describe()
+    programs.describe("kernels: XLA's own")
     said = capsys.readouterr()
-    return jax.config.jax_compilation_cache_dir, said.out + said.err
+    assert "kernels: XLA's own\n" in said.out
+    said = (said.out + said.err).replace("kernels: XLA's own\n", "")
+    return jax.config.jax_compilation_cache_dir, said
 
 
 @pytest.mark.parametrize("stated, expected", [(None, "home/.cache"), ("caches", "caches")])

@@ -19,13 +19,16 @@ class Kernels(NamedTuple):
 
     def describe(self) -> str:
         """For a line at the start of a run."""
+        if self == PLAIN:
+            return "kernels: XLA's own"
         words = {
-            "plain": "plain XLA",
-            "cudnn": "cuDNN",
-            "mosaic_gpu": "own kernels (Mosaic GPU)",
-            "pallas_tpu": "own kernels (Pallas TPU)",
+            "plain": "XLA's own",
+            "cudnn": "cuDNN's",
+            "mosaic_gpu": "ours (Mosaic GPU)",
+            "pallas_tpu": "ours (Pallas TPU)",
         }
-        return f"attention: {words[self.attention]}; depthwise: {words[self.depthwise]}"
+        attention, depthwise = words[self.attention], words[self.depthwise]
+        return f"kernels: attention {attention}, depthwise convolutions {depthwise}"
 
 
 PLAIN = Kernels()

@@ -101,7 +101,7 @@ def _by_kernel_backward(form: str, kept: tuple, dy: jax.Array) -> tuple:
         if before:
             last = jnp.sum(dx, axis=(0, 1, 2), dtype=sums.dtype)
             sums = jnp.concatenate([sums, last[None]])
-        # One sum for all images, as a row of what a row of zeros for every few of them would be:
+        # One sum for all images, as one row; zeros are a row for every few of the others:
         # devices that have their share of these add them up.
         rows = x.shape[0] // math.gcd(x.shape[0], _TPU_IMAGES)
         return dx, jnp.zeros((rows, *sums.shape), sums.dtype).at[0].set(sums)

@@ -74,6 +74,7 @@ def task(config: ConfigDict, mesh: Mesh) -> Task:
     )
     return Task(
         what=config.model.name,
+        kernels=model.kernels.describe(),
         classes=classes,
         init=lambda key: model.lazy_init(key, input_of(model)),
         train=train,

@@ -61,6 +61,7 @@ class Task:
 
     Attributes:
       what: it is, for the console: the network's name.
+      kernels: likewise, whose its operations are.
       classes: names by label, kept beside the checkpoints, so that a label never changes meaning.
       init: key to the variables of the network; pure.
       train: what to train on, or None.
@@ -79,6 +80,7 @@ class Task:
     """
 
     what: str
+    kernels: str
     classes: tuple[str, ...]
     init: Callable[[jax.Array], Variables]
     train: Examples | None

@@ -1,0 +1,41 @@
+"""Attention in plain XLA against the formula, and what the kernel for TPUs takes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stvit_jax.ops import attention
+
+
+def numbers(dtype, n=9, h=2, d=8):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=(3, n, h, d)), dtype) for _ in range(3)]
+
+
+def formula(q, k, v):
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits, axis=-1), v)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float64, 1e-13), (jnp.bfloat16, 2e-2)])
+def test_values_and_gradients(dtype, tolerance):
+    values = numbers(dtype)
+    exact, exact_back = jax.vjp(formula, *(v.astype(jnp.float64) for v in values))
+    y, back = jax.vjp(attention.plain, *values)
+    dy = jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(dtype)
+    pairs = [(y, exact), *zip(back(dy), exact_back(dy.astype(jnp.float64)), strict=True)]
+    for ours, theirs in pairs:
+        assert ours.dtype == dtype
+        error = np.linalg.norm(np.asarray(ours, np.float64) - theirs)
+        assert error <= tolerance * np.linalg.norm(theirs)
+    weights = attention.weights(*values[:2])
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(attention.attended(weights, values[2]), y)
+
+
+def test_a_kernel_for_tpus_takes_what_fits_in_the_chip():
+    assert attention.tpu_takes(jnp.zeros((2, 1024, 8), jnp.bfloat16))
+    assert not attention.tpu_takes(jnp.zeros((2, 1025, 8), jnp.bfloat16))
+    assert not attention.tpu_takes(jnp.zeros((2, 9, 8), jnp.float32))
