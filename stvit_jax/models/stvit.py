@@ -121,16 +121,17 @@ class SuperTokenAttention(nn.Module):
         wanted = self.is_mutable_collection("intermediates")  # then attention itself is computed
         form = "plain" if wanted else self.make.kernels.attention
         projections = self.make.qkv(self.num_heads, self.qkv_bias)
-        if form == "pallas_tpu" and attention.tpu_takes(x):
+        if form == "pallas_tpu" and attention.tpu_takes(x, self.num_heads):
             qkv, bias = projections(x, apart=False)
             y = attention.tpu(qkv, self.num_heads)
         else:
+            by_cudnn = form == "cudnn" and attention.cudnn_takes(x, self.num_heads)
             (q, k, v), bias = projections(x, apart=True)
             if wanted:
                 weights = attention.weights(q, k)
                 self.sow("intermediates", "attention", weights)
                 y = attention.attended(weights, v)
-            elif form == "cudnn" and self.stoken_size == 1:
+            elif by_cudnn and self.stoken_size == 1:
                 y = attention.cudnn(q, k, v)
             else:
                 y = attention.plain(q, k, v)

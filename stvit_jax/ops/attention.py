@@ -41,6 +41,12 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return attended(weights(q, k), v)
 
 
+def cudnn_takes(x: jax.Array, heads: int) -> bool:
+    """Whether `cudnn` takes the projections of the tokens x (B, N, C)."""
+    d = x.shape[2] // heads
+    return x.dtype == jnp.bfloat16 and d % 8 == 0 and d <= 128
+
+
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """As `plain`, in one kernel of cuDNN: bfloat16, on a GPU."""
     # Its gradient takes an even number of tokens only.
@@ -59,9 +65,10 @@ def _cudnn_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 _cudnn_forward.defvjp(lambda q, k, v: jax.vjp(plain, q, k, v), lambda pull, dy: pull(dy))
 
 
-def tpu_takes(x: jax.Array) -> bool:
-    """Whether `tpu` takes the tokens x (B, N, C)."""
-    return x.dtype == jnp.bfloat16 and x.shape[1] <= _TPU_TOKENS
+def tpu_takes(x: jax.Array, heads: int) -> bool:
+    """Whether `tpu` takes the projections of the tokens x (B, N, C)."""
+    _, n, c = x.shape
+    return x.dtype == jnp.bfloat16 and n <= _TPU_TOKENS and c // heads % 8 == 0
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -1,4 +1,4 @@
-"""Attention in plain XLA against the formula, and what the kernel for TPUs takes."""
+"""Attention in plain XLA against the formula, and what kernels take."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,11 @@ def test_values_and_gradients(dtype, tolerance):
     np.testing.assert_array_equal(attention.attended(weights, values[2]), y)
 
 
-def test_a_kernel_for_tpus_takes_what_fits_in_the_chip():
-    assert attention.tpu_takes(jnp.zeros((2, 1024, 8), jnp.bfloat16))
-    assert not attention.tpu_takes(jnp.zeros((2, 1025, 8), jnp.bfloat16))
-    assert not attention.tpu_takes(jnp.zeros((2, 9, 8), jnp.float32))
+def test_what_kernels_take():
+    """Heads of whole registers; on a TPU as many tokens as fit in the chip."""
+    for takes in (attention.cudnn_takes, attention.tpu_takes):
+        assert takes(jnp.zeros((2, 1024, 96), jnp.bfloat16), 2)
+        assert not takes(jnp.zeros((2, 9, 96), jnp.bfloat16), 8)
+        assert not takes(jnp.zeros((2, 9, 96), jnp.float32), 2)
+    assert not attention.tpu_takes(jnp.zeros((2, 1025, 96), jnp.bfloat16), 2)
+    assert not attention.cudnn_takes(jnp.zeros((2, 9, 144), jnp.bfloat16), 1)
