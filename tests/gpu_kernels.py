@@ -38,14 +38,14 @@ def main() -> None:
 
     from stvit_jax.ops.depthwise import depthwise3x3
 
-    def gradient(x, kernel, bias, before, dy):
-        function = partial(depthwise3x3, form="mosaic_gpu")
-        if before is None:
-            return jax.vjp(function, x, kernel, bias)[1](dy)
-        function = lambda x, kernel, bias, before: depthwise3x3(  # noqa: E731
-            x, kernel, bias, before=before, form="mosaic_gpu"
-        )
-        return jax.vjp(function, x, kernel, bias, before)[1](dy)
+    def gradient(x, kernel, bias, before, dy, devices=1):
+        how = dict(form="mosaic_gpu", devices=devices)
+
+        def function(x, kernel, bias, *before):
+            return depthwise3x3(x, kernel, bias, before=before[0] if before else None, **how)
+
+        weights = (kernel, bias) if before is None else (kernel, bias, before)
+        return jax.vjp(function, x, *weights)[1](dy)
 
     def arguments(shape, gelu):
         x, c = jax.ShapeDtypeStruct(shape, jnp.bfloat16), shape[-1]
@@ -76,12 +76,14 @@ def main() -> None:
             count += 1
     print(f"{count} kernels compiled")
 
-    shape = (512, 14, 14, 1280)
-    program = compiled(gradient, arguments(shape, True), "h100:4")
-    found = collectives(program)
-    assert {c.kind for c in found} == {"all-reduce"}, found
-    assert {c.dtype for c in found} == {"f32"} and sum(c.elements for c in found) == 11 * 1280
-    assert "bf16[128,14,14,1280]" in program and "bf16[512" not in program
+    for images in (512, 24, 4):  # of which a device has what four divides, and what it does not
+        function = partial(gradient, devices=4)
+        program = compiled(function, arguments((images, 14, 14, 1280), True), "h100:4")
+        found = collectives(program)
+        assert {c.kind for c in found} == {"all-reduce"}, found
+        assert {c.dtype for c in found} == {"f32"} and sum(c.elements for c in found) == 11 * 1280
+        assert f"bf16[{images // 4},14,14,1280]" in program
+        assert f"bf16[{images},14,14,1280]" not in program
     print("four devices: each its own images")
 
 

@@ -10,16 +10,19 @@ class Kernels(NamedTuple):
     """The forms of the operations that have several.
 
     Attributes:
-      attention: among all pixels, "cudnn"; among these and super tokens, "pallas_tpu"; "plain".
+      attention: "cudnn" (among pixels; super tokens are plain), "pallas_tpu", or "plain".
       depthwise: the depthwise convolutions: "mosaic_gpu" (Hopper), "pallas_tpu", or "plain".
+      devices: that share a batch by its images. A kernel has to know, else the compiler gathers the
+        batch for it; and gradients are summed over several in the dtype of the parameters.
     """
 
     attention: str = "plain"
     depthwise: str = "plain"
+    devices: int = 1
 
     def describe(self) -> str:
         """For a line at the start of a run."""
-        if self == PLAIN:
+        if self[:2] == PLAIN[:2]:
             return "kernels: XLA's own"
         words = {
             "plain": "XLA's own",

@@ -111,11 +111,11 @@ def folded_away(x: jax.Array, *, train: bool) -> jax.Array:
 class ResidualDepthwise(nn.Module):
     """A biased depthwise 3x3 convolution and its residual.
 
-    `form` is as in `Kernels.depthwise`; `folded`: the centre tap holds the residual.
+    `folded`: the centre tap holds the residual.
     """
 
     param_dtype: Dtype
-    form: str
+    kernels: Kernels
     folded: bool
 
     @nn.compact
@@ -124,7 +124,8 @@ class ResidualDepthwise(nn.Module):
         c = x.shape[-1]
         kernel = self.param("kernel", uniform_fan_in(9), (3, 3, 1, c), self.param_dtype)
         bias = self.param("bias", uniform_fan_in(9), (c,), self.param_dtype)
-        how = dict(residual=not self.folded, before=before, form=self.form)
+        how = dict(form=self.kernels.depthwise, devices=self.kernels.devices)
+        how |= dict(residual=not self.folded, before=before)
         return depthwise3x3(x, kernel, bias, **how)
 
 
@@ -134,6 +135,7 @@ class Conv1x1(nn.Module):
     features: int
     dtype: Dtype
     param_dtype: Dtype
+    devices: int
     apart: bool = False
 
     @nn.compact
@@ -149,8 +151,8 @@ class Conv1x1(nn.Module):
         bias = self.param("bias", init, (self.features,), self.param_dtype)
         if before is not None:
             bias = bias + jnp.dot(before, kernel, precision="highest")
-        y = product(x, kernel)
-        return (y, bias) if self.apart else plus(y, bias)
+        y = product(x, kernel, self.devices)
+        return (y, bias) if self.apart else plus(y, bias, self.devices)
 
 
 class Conv3x3(nn.Module):
@@ -160,6 +162,7 @@ class Conv3x3(nn.Module):
     stride: int
     dtype: Dtype
     param_dtype: Dtype
+    devices: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -175,7 +178,7 @@ class Conv3x3(nn.Module):
             ((1, 1), (1, 1)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return plus(y, bias)
+        return plus(y, bias, self.devices)
 
 
 class HeadProjections(nn.Module):
@@ -188,6 +191,7 @@ class HeadProjections(nn.Module):
     use_bias: bool
     dtype: Dtype
     param_dtype: Dtype
+    devices: int
 
     @nn.compact
     def __call__(self, x: jax.Array, apart: bool) -> tuple[Any, jax.Array | None]:
@@ -205,13 +209,13 @@ class HeadProjections(nn.Module):
         if self.use_bias:
             bias = self.param("bias", init, (3 * c,), self.param_dtype)
         if not apart:
-            y = product(x, kernel)
-            return (y if bias is None else plus(y, bias)), None
+            y = product(x, kernel, self.devices)
+            return (y if bias is None else plus(y, bias, self.devices)), None
         kernels = jnp.moveaxis(kernel.reshape(c, h, 3, c // h), 2, 0).reshape(3, c, c)
-        q, k, v = (product(x, kernel) for kernel in kernels)
+        q, k, v = (product(x, kernel, self.devices) for kernel in kernels)
         if bias is not None:
             bias = jnp.moveaxis(bias.reshape(h, 3, c // h), 1, 0).reshape(3, c)
-            q, bias = plus(q, bias[0]), bias[2]
+            q, bias = plus(q, bias[0], self.devices), bias[2]
         return tuple(part.reshape(*x.shape[:2], h, c // h) for part in (q, k, v)), bias
 
 
@@ -248,15 +252,17 @@ class Layers:
 
     def conv3x3(self, c_out: int, stride: int, name: str) -> Conv3x3:
         """A biased 3x3 convolution."""
-        return Conv3x3(c_out, stride, self.dtype, self.param_dtype, name=name)
+        return Conv3x3(c_out, stride, self.dtype, self.param_dtype, self.kernels.devices, name=name)
 
     def conv1x1(self, c_out: int, name: str | None, *, apart: bool = False) -> Conv1x1:
         """A biased 1x1 convolution; `apart`: it hands its bias on."""
-        return Conv1x1(c_out, self.dtype, self.param_dtype, apart, name=name)
+        return Conv1x1(c_out, self.dtype, self.param_dtype, self.kernels.devices, apart, name=name)
 
     def qkv(self, num_heads: int, use_bias: bool) -> HeadProjections:
         """The projections to queries, keys and values."""
-        return HeadProjections(num_heads, use_bias, self.dtype, self.param_dtype, name="qkv")
+        return HeadProjections(
+            num_heads, use_bias, self.dtype, self.param_dtype, self.kernels.devices, name="qkv"
+        )
 
     def linear(self, c_out: int, name: str | None) -> nn.Dense:
         """A Linear layer, initialised as one; it computes in at least float32."""
@@ -270,7 +276,7 @@ class Layers:
 
     def depthwise(self, name: str) -> ResidualDepthwise:
         """A depthwise 3x3 convolution with its residual."""
-        return ResidualDepthwise(self.param_dtype, self.kernels.depthwise, self.folded, name=name)
+        return ResidualDepthwise(self.param_dtype, self.kernels, self.folded, name=name)
 
     def layer_norm(self, name: str) -> LayerNorm:
         """LayerNorm over the channels, eps 1e-6."""

@@ -71,25 +71,30 @@ def tpu_takes(x: jax.Array, heads: int) -> bool:
     return x.dtype == jnp.bfloat16 and n <= _TPU_TOKENS and c // heads % 8 == 0
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def tpu(qkv: jax.Array, heads: int) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def tpu(qkv: jax.Array, heads: int, devices: int = 1) -> jax.Array:
     """Attention in one Pallas TPU kernel.
 
     Args:
       qkv: (B, N, 3C) bfloat16, by head: [q, k, v] of head 0, then of head 1, ...
       heads: h.
+      devices: that share the images.
 
     Returns:
       (B, N, C).
     """
-    return by_image(lambda qkv: (attention_tpu.attention(qkv, heads),), (True,), qkv)[0]
+
+    def forward(qkv: jax.Array, rows: int) -> tuple[jax.Array]:
+        return (attention_tpu.attention(qkv, heads),)
+
+    return by_image(forward, (True,), devices, qkv)[0]
 
 
-def _tpu_backward(heads: int, qkv: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-    def gradient(qkv: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+def _tpu_backward(heads: int, devices: int, qkv: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    def gradient(qkv: jax.Array, dy: jax.Array, rows: int) -> tuple[jax.Array]:
         return (attention_tpu.attention_gradient(qkv, dy, heads),)
 
-    return by_image(gradient, (True, True), qkv, dy)
+    return tuple(by_image(gradient, (True, True), devices, qkv, dy))
 
 
-tpu.defvjp(lambda qkv, heads: (tpu(qkv, heads), qkv), _tpu_backward)
+tpu.defvjp(lambda qkv, heads, devices: (tpu(qkv, heads, devices), qkv), _tpu_backward)

@@ -12,7 +12,6 @@ compiles to. Kernels have a gradient, and no more.
 Shapes: B images, H x W pixels, C channels.
 """
 
-import math
 from functools import partial
 
 import jax
@@ -24,7 +23,7 @@ from stvit_jax.ops.partition import by_image
 from stvit_jax.ops.precision import wide
 
 _CENTRE = 4  # of the nine taps in row-major order
-_TPU_IMAGES = 16  # of a device: so many, a multiple, or less
+_TPU_IMAGES = 16  # of a device: so many, a multiple, or fewer
 
 
 def depthwise3x3(
@@ -35,6 +34,7 @@ def depthwise3x3(
     residual: bool = True,
     before: jax.Array | None = None,
     form: str = "plain",
+    devices: int = 1,
 ) -> jax.Array:
     """G + depthwise convolution of g with `kernel` + `bias`, padded with one zero on all sides.
 
@@ -45,6 +45,7 @@ def depthwise3x3(
       residual: whether g itself is added; else the kernel's centre holds the one.
       before: (C,): g is GELU(x + before); None: g is x.
       form: as in `Kernels.depthwise`; where a kernel does not take x, the plain one is used.
+      devices: that share the images.
 
     Returns:
       (B, H, W, C) in the dtype of `x`; sums are in at least float32, in the gradient too.
@@ -52,63 +53,78 @@ def depthwise3x3(
     taps = jnp.asarray(kernel, wide(x.dtype)).reshape(9, -1)
     if residual:
         taps = taps.at[_CENTRE].add(1)
-    if has_kernel(form, x):
+    if has_kernel(form, x, devices):
         weights = (w if w is None else jnp.asarray(w, taps.dtype) for w in (bias, before))
-        return _by_kernel(x, taps, *weights, form)
+        return _by_kernel(x, taps, *weights, form, devices)
     if before is not None:
         x = gelu(x + before.astype(x.dtype))
     return _plain(x, taps, bias)
 
 
-def has_kernel(form: str, x: jax.Array) -> bool:
-    """Whether the kernel of a form takes x (B, H, W, C)."""
+def has_kernel(form: str, x: jax.Array, devices: int) -> bool:
+    """Whether the kernel of a form takes the share of a device of x (B, H, W, C)."""
     if x.dtype != jnp.bfloat16:
         return False
     b, _, w, c = x.shape
     if form == "pallas_tpu":
-        return b <= _TPU_IMAGES or b % _TPU_IMAGES == 0
+        share = b // devices
+        return share <= _TPU_IMAGES or share % _TPU_IMAGES == 0
     return form == "mosaic_gpu" and depthwise_gpu.takes(w, c)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _by_kernel(
-    x: jax.Array, taps: jax.Array, bias: jax.Array, before: jax.Array | None, form: str
+    x: jax.Array,
+    taps: jax.Array,
+    bias: jax.Array,
+    before: jax.Array | None,
+    form: str,
+    devices: int,
 ) -> jax.Array:
-    def forward(x: jax.Array, taps: jax.Array, bias: jax.Array, *before: jax.Array) -> tuple:
+    def forward(
+        x: jax.Array, taps: jax.Array, bias: jax.Array, *before: jax.Array, rows: int
+    ) -> tuple[jax.Array]:
         if form == "mosaic_gpu":
             return (depthwise_gpu.gelu_depthwise(x, taps, bias, *before or [None]),)
         x = x + before[0].astype(x.dtype) if before else x
         return (depthwise_tpu.gelu_depthwise(x, taps, bias, gelu=bool(before)),)
 
     weights = [taps, bias] if before is None else [taps, bias, before]
-    return by_image(forward, (True, *[False] * len(weights)), x, *weights)[0]
+    return by_image(forward, (True, *[False] * len(weights)), devices, x, *weights)[0]
 
 
 def _by_kernel_forward(
-    x: jax.Array, taps: jax.Array, bias: jax.Array, before: jax.Array | None, form: str
+    x: jax.Array,
+    taps: jax.Array,
+    bias: jax.Array,
+    before: jax.Array | None,
+    form: str,
+    devices: int,
 ) -> tuple:
-    return _by_kernel(x, taps, bias, before, form), (x, taps, before)
+    return _by_kernel(x, taps, bias, before, form, devices), (x, taps, before)
 
 
-def _by_kernel_backward(form: str, kept: tuple, dy: jax.Array) -> tuple:
+def _by_kernel_backward(form: str, devices: int, kept: tuple, dy: jax.Array) -> tuple:
     x, taps, before = kept
 
-    def backward(x: jax.Array, dy: jax.Array, taps: jax.Array, *before: jax.Array) -> tuple:
+    def backward(
+        x: jax.Array, dy: jax.Array, taps: jax.Array, *before: jax.Array, rows: int
+    ) -> tuple[jax.Array, jax.Array]:
         if form == "mosaic_gpu":
-            return depthwise_gpu.gelu_depthwise_gradient(x, taps, *before or [None], dy)
-        x = x + before[0].astype(x.dtype) if before else x
-        dx, sums = depthwise_tpu.gelu_depthwise_gradient(x, taps, dy, gelu=bool(before))
-        if before:
-            last = jnp.sum(dx, axis=(0, 1, 2), dtype=sums.dtype)
-            sums = jnp.concatenate([sums, last[None]])
-        # One sum for all images, as one row; zeros are a row for every few of the others:
-        # devices that have their share of these add them up.
-        rows = x.shape[0] // math.gcd(x.shape[0], _TPU_IMAGES)
-        return dx, jnp.zeros((rows, *sums.shape), sums.dtype).at[0].set(sums)
+            dx, sums = depthwise_gpu.gelu_depthwise_gradient(x, taps, *before or [None], dy)
+            sums = jnp.sum(sums, axis=0)
+        else:
+            x = x + before[0].astype(x.dtype) if before else x
+            dx, sums = depthwise_tpu.gelu_depthwise_gradient(x, taps, dy, gelu=bool(before))
+            if before:
+                last = jnp.sum(dx, axis=(0, 1, 2), dtype=sums.dtype)
+                sums = jnp.concatenate([sums, last[None]])
+        # All in the first row: a device has but one.
+        return dx, jnp.pad(sums[None], ((0, rows - 1), (0, 0), (0, 0)))
 
     weights = [taps] if before is None else [taps, before]
     split = (True, True, *[False] * len(weights))
-    dx, sums = by_image(backward, split, x, dy, *weights)
+    dx, sums = by_image(backward, split, devices, x, dy, *weights)
     sums = jnp.sum(sums, axis=0)
     return dx, sums[:9], sums[9], None if before is None else sums[10]
 

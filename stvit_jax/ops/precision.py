@@ -30,13 +30,16 @@ def wide_einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return product(a, b)
 
 
-def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def product(x: jax.Array, kernel: jax.Array, devices: int) -> jax.Array:
     """X (..., C) times `kernel` (C, O), in the dtype of x, which may be narrower.
 
-    Then the gradient of `kernel` is in the kernel's own dtype from the first sum on: devices add up
-    float32, as PyTorch's data parallel training does; left alone, they would add up bfloat16.
+    Where several devices share the batch, the gradient of `kernel` then is in the kernel's own
+    dtype from the first sum on: they add up float32, as PyTorch's data parallel training does; left
+    alone, they would add up bfloat16. This has derivatives of first order, and no `vmap`.
     """
-    return jnp.dot(x, kernel) if x.dtype == kernel.dtype else _narrow_product(x, kernel)
+    if devices > 1 and x.dtype != kernel.dtype:
+        return _narrow_product(x, kernel)
+    return jnp.dot(x, kernel.astype(x.dtype))
 
 
 @jax.custom_jvp
@@ -55,9 +58,11 @@ def _narrow_product_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax
     return _narrow_product(x, kernel), jnp.dot(dx, kernel.astype(x.dtype)) + by_kernel
 
 
-def plus(y: jax.Array, bias: jax.Array) -> jax.Array:
+def plus(y: jax.Array, bias: jax.Array, devices: int) -> jax.Array:
     """Y (..., C) + `bias` (C,), in the dtype of y, which may be narrower: see `product`."""
-    return y + bias if y.dtype == bias.dtype else _narrow_plus(y, bias)
+    if devices > 1 and y.dtype != bias.dtype:
+        return _narrow_plus(y, bias)
+    return y + bias.astype(y.dtype)
 
 
 @jax.custom_jvp

@@ -101,6 +101,7 @@ def create(config: ConfigDict, mesh: Mesh, classes: int, whose: str) -> STViT:
         )
     dtype = jnp.dtype(config.dtype)
     kernels = kernels_of(dtype, mesh.devices.flat[0]) if config.kernels == "auto" else PLAIN
+    kernels = kernels._replace(devices=mesh.size)
     try:
         return create_model(
             config.model.name,

@@ -1,11 +1,17 @@
 """Products and biases of narrow maps: gradients in the dtype of parameters, in both modes."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stvit_jax.ops.precision import plus, product, wide_einsum
+from stvit_jax.ops import precision
+from stvit_jax.ops.precision import wide_einsum
+
+# Of several devices.
+product, plus = (partial(f, devices=2) for f in (precision.product, precision.plus))
 
 
 def numbers(shape, dtype, seed=0):
@@ -64,3 +70,16 @@ def test_a_wide_product_is_not_rounded():
     assert y.dtype == jnp.float32
     np.testing.assert_allclose(y, jnp.einsum("bij,bjk->bik", *map(jnp.float32, (a, b))), rtol=1e-4)
     assert {g.dtype for g in back(jnp.ones_like(y))} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_one_device_keeps_all_derivatives():
+    """Gradients of every example, and of gradients."""
+    x, kernel = numbers((4, 3, 24), jnp.bfloat16), numbers((24, 40), jnp.float32)
+
+    def loss(kernel, x):
+        return jnp.sum(jnp.sin(precision.plus(precision.product(x, kernel, 1), kernel[0], 1)))
+
+    each = jax.vmap(jax.grad(loss), (None, 0))(kernel, x)
+    np.testing.assert_array_equal(each[1], jax.grad(loss)(kernel, x[1]))
+    _, second = jax.jvp(jax.grad(loss), (kernel, x[0]), (kernel, x[0]))
+    assert np.all(np.isfinite(second))
