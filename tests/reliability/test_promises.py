@@ -287,7 +287,9 @@ def test_r8_skipped_it_goes_on_from_the_last_good_state(start, tmp_path):
     killed.wait()
     program = start(tmp_path / "killed", *flags)
     assert program.wait() == 0, program.output
-    assert "continuing after step 4" in program.output and "(skip" not in program.output
+    # The newest that was whole when it was killed; 6 may have been.
+    assert re.search("continuing after step [46]", program.output)
+    assert "(skip" not in program.output
     assert digests(tmp_path / "killed", 12) == digests(tmp_path / "run", 12)
 
 
