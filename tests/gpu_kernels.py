@@ -38,8 +38,8 @@ def main() -> None:
 
     from stvit_jax.ops.depthwise import depthwise3x3
 
-    def gradient(x, kernel, bias, before, dy, devices=1):
-        how = dict(form="mosaic_gpu", devices=devices)
+    def gradient(x, kernel, bias, before, dy, mesh=None):
+        how = dict(form="mosaic_gpu", mesh=mesh)
 
         def function(x, kernel, bias, *before):
             return depthwise3x3(x, kernel, bias, before=before[0] if before else None, **how)
@@ -55,18 +55,20 @@ def main() -> None:
     def forward(x, kernel, bias, before, dy):
         return depthwise3x3(x, kernel, bias, before=before, form="mosaic_gpu")
 
-    def compiled(function, arguments, target):
-        mesh = Mesh(np.array(compilers.devices(target)), ("data",))
+    def mesh_of(target):
+        return Mesh(np.array(compilers.devices(target)), ("data",))
+
+    def compiled(function, arguments, mesh):
         split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
         shardings = (split, whole, whole, whole, split)
         jitted = jax.jit(function, in_shardings=shardings)
         return jitted.lower(*arguments).compile().as_text()
 
-    count = 0
+    count, one, four = 0, mesh_of("h100"), mesh_of("h100:4")
     for shape, gelu in maps():
         for function, crossings in ((forward, 2), (gradient, 3)):
             with compilers.heard() as ptxas:
-                program = compiled(function, arguments(shape, gelu), "h100")
+                program = compiled(function, arguments(shape, gelu), one)
             assert len(ptxas.registers) == 1 and not any(ptxas.spilled), (shape, gelu, ptxas)
             kernels = traffic.kernels(program)
             (own,) = (kernel.bytes for kernel in kernels if kernel.kind == "own")
@@ -77,8 +79,8 @@ def main() -> None:
     print(f"{count} kernels compiled")
 
     for images in (512, 24, 4):  # of which a device has what four divides, and what it does not
-        function = partial(gradient, devices=4)
-        program = compiled(function, arguments((images, 14, 14, 1280), True), "h100:4")
+        function = partial(gradient, mesh=four)
+        program = compiled(function, arguments((images, 14, 14, 1280), True), four)
         found = collectives(program)
         assert {c.kind for c in found} == {"all-reduce"}, found
         assert {c.dtype for c in found} == {"f32"} and sum(c.elements for c in found) == 11 * 1280

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 
 class Kernels(NamedTuple):
@@ -12,13 +13,13 @@ class Kernels(NamedTuple):
     Attributes:
       attention: "cudnn" (among pixels; super tokens are plain), "pallas_tpu", or "plain".
       depthwise: the depthwise convolutions: "mosaic_gpu" (Hopper), "pallas_tpu", or "plain".
-      devices: that share a batch by its images. A kernel has to know, else the compiler gathers the
-        batch for it; and gradients are summed over several in the dtype of the parameters.
+      mesh: of several devices that share a batch by its images; None: there is one. A kernel has
+        to know, and gradients are summed over devices in the dtype of the parameters.
     """
 
     attention: str = "plain"
     depthwise: str = "plain"
-    devices: int = 1
+    mesh: Mesh | None = None
 
     def describe(self) -> str:
         """For a line at the start of a run."""

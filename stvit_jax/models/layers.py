@@ -40,6 +40,12 @@ def truncated_normal(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> ja
     return 0.02 * jax.random.truncated_normal(key, -100.0, 100.0, shape, dtype)
 
 
+def _scale_and_bias(norm: nn.Module, c: int) -> tuple[jax.Array, jax.Array]:
+    """The parameters of a norm of `c` channels."""
+    scale = norm.param("scale", nn.initializers.ones, (c,), norm.param_dtype)
+    return scale, norm.param("bias", nn.initializers.zeros, (c,), norm.param_dtype)
+
+
 class BatchNorm(nn.Module):
     """BatchNorm as PyTorch computes it, with statistics per group of images.
 
@@ -56,8 +62,7 @@ class BatchNorm(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Normalises (B, H, W, C) by the groups' statistics, or the running ones; dtype `dtype`."""
         c = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (c,), self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (c,), self.param_dtype)
+        scale, bias = _scale_and_bias(self, c)
         mean = self.variable("batch_stats", "mean", jnp.zeros, (c,), self.param_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, (c,), self.param_dtype)
         # PyTorch's num_batches_tracked; nothing reads it, conversion keeps it.
@@ -97,9 +102,7 @@ class ScaleShift(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Scales and shifts (B, H, W, C); `train` is False."""
-        c = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (c,), self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (c,), self.param_dtype)
+        scale, bias = _scale_and_bias(self, x.shape[-1])
         return (x.astype(wide(x.dtype)) * scale + bias).astype(self.dtype)
 
 
@@ -124,7 +127,7 @@ class ResidualDepthwise(nn.Module):
         c = x.shape[-1]
         kernel = self.param("kernel", uniform_fan_in(9), (3, 3, 1, c), self.param_dtype)
         bias = self.param("bias", uniform_fan_in(9), (c,), self.param_dtype)
-        how = dict(form=self.kernels.depthwise, devices=self.kernels.devices)
+        how = dict(form=self.kernels.depthwise, mesh=self.kernels.mesh)
         how |= dict(residual=not self.folded, before=before)
         return depthwise3x3(x, kernel, bias, **how)
 
@@ -135,7 +138,7 @@ class Conv1x1(nn.Module):
     features: int
     dtype: Dtype
     param_dtype: Dtype
-    devices: int
+    summed: bool  # whether gradients are summed over devices
     apart: bool = False
 
     @nn.compact
@@ -151,8 +154,8 @@ class Conv1x1(nn.Module):
         bias = self.param("bias", init, (self.features,), self.param_dtype)
         if before is not None:
             bias = bias + jnp.dot(before, kernel, precision="highest")
-        y = product(x, kernel, self.devices)
-        return (y, bias) if self.apart else plus(y, bias, self.devices)
+        y = product(x, kernel, self.summed)
+        return (y, bias) if self.apart else plus(y, bias, self.summed)
 
 
 class Conv3x3(nn.Module):
@@ -162,7 +165,7 @@ class Conv3x3(nn.Module):
     stride: int
     dtype: Dtype
     param_dtype: Dtype
-    devices: int
+    summed: bool  # whether gradients are summed over devices
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -178,7 +181,7 @@ class Conv3x3(nn.Module):
             ((1, 1), (1, 1)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return plus(y, bias, self.devices)
+        return plus(y, bias, self.summed)
 
 
 class HeadProjections(nn.Module):
@@ -191,7 +194,7 @@ class HeadProjections(nn.Module):
     use_bias: bool
     dtype: Dtype
     param_dtype: Dtype
-    devices: int
+    summed: bool  # whether gradients are summed over devices
 
     @nn.compact
     def __call__(self, x: jax.Array, apart: bool) -> tuple[Any, jax.Array | None]:
@@ -209,13 +212,13 @@ class HeadProjections(nn.Module):
         if self.use_bias:
             bias = self.param("bias", init, (3 * c,), self.param_dtype)
         if not apart:
-            y = product(x, kernel, self.devices)
-            return (y if bias is None else plus(y, bias, self.devices)), None
+            y = product(x, kernel, self.summed)
+            return (y if bias is None else plus(y, bias, self.summed)), None
         kernels = jnp.moveaxis(kernel.reshape(c, h, 3, c // h), 2, 0).reshape(3, c, c)
-        q, k, v = (product(x, kernel, self.devices) for kernel in kernels)
+        q, k, v = (product(x, kernel, self.summed) for kernel in kernels)
         if bias is not None:
             bias = jnp.moveaxis(bias.reshape(h, 3, c // h), 1, 0).reshape(3, c)
-            q, bias = plus(q, bias[0], self.devices), bias[2]
+            q, bias = plus(q, bias[0], self.summed), bias[2]
         return tuple(part.reshape(*x.shape[:2], h, c // h) for part in (q, k, v)), bias
 
 
@@ -227,8 +230,7 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises every pixel of `x` (..., C)."""
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+        scale, bias = _scale_and_bias(self, x.shape[-1])
         return layer_norm(x, scale, bias)
 
 
@@ -250,18 +252,28 @@ class Layers:
         """That of parameters and statistics: at least float32."""
         return wide(self.dtype)
 
+    @property
+    def summed(self) -> bool:
+        """Whether gradients are summed over devices."""
+        return self.kernels.mesh is not None
+
     def conv3x3(self, c_out: int, stride: int, name: str) -> Conv3x3:
         """A biased 3x3 convolution."""
-        return Conv3x3(c_out, stride, self.dtype, self.param_dtype, self.kernels.devices, name=name)
+        return Conv3x3(c_out, stride, self.dtype, self.param_dtype, self.summed, name=name)
 
     def conv1x1(self, c_out: int, name: str | None, *, apart: bool = False) -> Conv1x1:
         """A biased 1x1 convolution; `apart`: it hands its bias on."""
-        return Conv1x1(c_out, self.dtype, self.param_dtype, self.kernels.devices, apart, name=name)
+        return Conv1x1(c_out, self.dtype, self.param_dtype, self.summed, apart, name=name)
 
     def qkv(self, num_heads: int, use_bias: bool) -> HeadProjections:
         """The projections to queries, keys and values."""
         return HeadProjections(
-            num_heads, use_bias, self.dtype, self.param_dtype, self.kernels.devices, name="qkv"
+            num_heads,
+            use_bias,
+            self.dtype,
+            self.param_dtype,
+            self.summed,
+            name="qkv",
         )
 
     def linear(self, c_out: int, name: str | None) -> nn.Dense:

@@ -123,7 +123,7 @@ class SuperTokenAttention(nn.Module):
         projections = self.make.qkv(self.num_heads, self.qkv_bias)
         if form == "pallas_tpu" and attention.tpu_takes(x, self.num_heads):
             qkv, bias = projections(x, apart=False)
-            y = attention.tpu(qkv, self.num_heads, self.make.kernels.devices)
+            y = attention.tpu(qkv, self.num_heads, self.make.kernels.mesh)
         else:
             by_cudnn = form == "cudnn" and attention.cudnn_takes(x, self.num_heads)
             (q, k, v), bias = projections(x, apart=True)

@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from stvit_jax.ops import attention_tpu
 from stvit_jax.ops.partition import by_image
@@ -43,8 +44,9 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 def cudnn_takes(x: jax.Array, heads: int) -> bool:
     """Whether `cudnn` takes the projections of the tokens x (B, N, C)."""
-    d = x.shape[2] // heads
-    return x.dtype == jnp.bfloat16 and d % 8 == 0 and d <= 128
+    _, n, c = x.shape
+    d = c // heads
+    return x.dtype == jnp.bfloat16 and n > 1 and d % 8 == 0 and d <= 128
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -72,29 +74,29 @@ def tpu_takes(x: jax.Array, heads: int) -> bool:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def tpu(qkv: jax.Array, heads: int, devices: int = 1) -> jax.Array:
+def tpu(qkv: jax.Array, heads: int, mesh: Mesh | None = None) -> jax.Array:
     """Attention in one Pallas TPU kernel.
 
     Args:
       qkv: (B, N, 3C) bfloat16, by head: [q, k, v] of head 0, then of head 1, ...
       heads: h.
-      devices: that share the images.
+      mesh: of several devices that share the images.
 
     Returns:
       (B, N, C).
     """
 
-    def forward(qkv: jax.Array, rows: int) -> tuple[jax.Array]:
+    def forward(qkv: jax.Array) -> tuple[jax.Array]:
         return (attention_tpu.attention(qkv, heads),)
 
-    return by_image(forward, (True,), devices, qkv)[0]
+    return by_image(forward, (True,), mesh, qkv)[0]
 
 
-def _tpu_backward(heads: int, devices: int, qkv: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-    def gradient(qkv: jax.Array, dy: jax.Array, rows: int) -> tuple[jax.Array]:
+def _tpu_backward(heads: int, mesh: Mesh | None, qkv: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    def gradient(qkv: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
         return (attention_tpu.attention_gradient(qkv, dy, heads),)
 
-    return tuple(by_image(gradient, (True, True), devices, qkv, dy))
+    return by_image(gradient, (True, True), mesh, qkv, dy)
 
 
-tpu.defvjp(lambda qkv, heads, devices: (tpu(qkv, heads, devices), qkv), _tpu_backward)
+tpu.defvjp(lambda qkv, heads, mesh: (tpu(qkv, heads, mesh), qkv), _tpu_backward)

@@ -16,6 +16,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from stvit_jax.ops import depthwise_gpu, depthwise_tpu
 from stvit_jax.ops.gelu import gelu
@@ -34,7 +35,7 @@ def depthwise3x3(
     residual: bool = True,
     before: jax.Array | None = None,
     form: str = "plain",
-    devices: int = 1,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """G + depthwise convolution of g with `kernel` + `bias`, padded with one zero on all sides.
 
@@ -45,7 +46,7 @@ def depthwise3x3(
       residual: whether g itself is added; else the kernel's centre holds the one.
       before: (C,): g is GELU(x + before); None: g is x.
       form: as in `Kernels.depthwise`; where a kernel does not take x, the plain one is used.
-      devices: that share the images.
+      mesh: of several devices that share the images.
 
     Returns:
       (B, H, W, C) in the dtype of `x`; sums are in at least float32, in the gradient too.
@@ -53,21 +54,21 @@ def depthwise3x3(
     taps = jnp.asarray(kernel, wide(x.dtype)).reshape(9, -1)
     if residual:
         taps = taps.at[_CENTRE].add(1)
-    if has_kernel(form, x, devices):
+    if has_kernel(form, x, mesh):
         weights = (w if w is None else jnp.asarray(w, taps.dtype) for w in (bias, before))
-        return _by_kernel(x, taps, *weights, form, devices)
+        return _by_kernel(x, taps, *weights, form, mesh)
     if before is not None:
         x = gelu(x + before.astype(x.dtype))
     return _plain(x, taps, bias)
 
 
-def has_kernel(form: str, x: jax.Array, devices: int) -> bool:
+def has_kernel(form: str, x: jax.Array, mesh: Mesh | None) -> bool:
     """Whether the kernel of a form takes the share of a device of x (B, H, W, C)."""
     if x.dtype != jnp.bfloat16:
         return False
     b, _, w, c = x.shape
     if form == "pallas_tpu":
-        share = b // devices
+        share = b // (mesh.size if mesh else 1)
         return share <= _TPU_IMAGES or share % _TPU_IMAGES == 0
     return form == "mosaic_gpu" and depthwise_gpu.takes(w, c)
 
@@ -79,10 +80,10 @@ def _by_kernel(
     bias: jax.Array,
     before: jax.Array | None,
     form: str,
-    devices: int,
+    mesh: Mesh | None,
 ) -> jax.Array:
     def forward(
-        x: jax.Array, taps: jax.Array, bias: jax.Array, *before: jax.Array, rows: int
+        x: jax.Array, taps: jax.Array, bias: jax.Array, *before: jax.Array
     ) -> tuple[jax.Array]:
         if form == "mosaic_gpu":
             return (depthwise_gpu.gelu_depthwise(x, taps, bias, *before or [None]),)
@@ -90,25 +91,14 @@ def _by_kernel(
         return (depthwise_tpu.gelu_depthwise(x, taps, bias, gelu=bool(before)),)
 
     weights = [taps, bias] if before is None else [taps, bias, before]
-    return by_image(forward, (True, *[False] * len(weights)), devices, x, *weights)[0]
+    return by_image(forward, (True, *[False] * len(weights)), mesh, x, *weights)[0]
 
 
-def _by_kernel_forward(
-    x: jax.Array,
-    taps: jax.Array,
-    bias: jax.Array,
-    before: jax.Array | None,
-    form: str,
-    devices: int,
-) -> tuple:
-    return _by_kernel(x, taps, bias, before, form, devices), (x, taps, before)
-
-
-def _by_kernel_backward(form: str, devices: int, kept: tuple, dy: jax.Array) -> tuple:
+def _by_kernel_backward(form: str, mesh: Mesh | None, kept: tuple, dy: jax.Array) -> tuple:
     x, taps, before = kept
 
     def backward(
-        x: jax.Array, dy: jax.Array, taps: jax.Array, *before: jax.Array, rows: int
+        x: jax.Array, dy: jax.Array, taps: jax.Array, *before: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         if form == "mosaic_gpu":
             dx, sums = depthwise_gpu.gelu_depthwise_gradient(x, taps, *before or [None], dy)
@@ -119,17 +109,22 @@ def _by_kernel_backward(form: str, devices: int, kept: tuple, dy: jax.Array) -> 
             if before:
                 last = jnp.sum(dx, axis=(0, 1, 2), dtype=sums.dtype)
                 sums = jnp.concatenate([sums, last[None]])
-        # All in the first row: a device has but one.
-        return dx, jnp.pad(sums[None], ((0, rows - 1), (0, 0), (0, 0)))
+        return dx, sums[None]
 
     weights = [taps] if before is None else [taps, before]
     split = (True, True, *[False] * len(weights))
-    dx, sums = by_image(backward, split, devices, x, dy, *weights)
+    dx, sums = by_image(backward, split, mesh, x, dy, *weights)
     sums = jnp.sum(sums, axis=0)
     return dx, sums[:9], sums[9], None if before is None else sums[10]
 
 
-_by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
+_by_kernel.defvjp(
+    lambda x, taps, bias, before, *how: (
+        _by_kernel(x, taps, bias, before, *how),
+        (x, taps, before),
+    ),
+    _by_kernel_backward,
+)
 
 
 @partial(jax.checkpoint, prevent_cse=False)  # the gradient keeps x, not its nine shifts

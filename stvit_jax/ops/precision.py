@@ -30,14 +30,14 @@ def wide_einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return product(a, b)
 
 
-def product(x: jax.Array, kernel: jax.Array, devices: int) -> jax.Array:
+def product(x: jax.Array, kernel: jax.Array, summed: bool) -> jax.Array:
     """X (..., C) times `kernel` (C, O), in the dtype of x, which may be narrower.
 
-    Where several devices share the batch, the gradient of `kernel` then is in the kernel's own
-    dtype from the first sum on: they add up float32, as PyTorch's data parallel training does; left
-    alone, they would add up bfloat16. This has derivatives of first order, and no `vmap`.
+    Where gradients are `summed` over devices, that of `kernel` is in the kernel's own dtype from
+    the first sum on: they add up float32, as PyTorch's data parallel training does; left alone,
+    they would add up bfloat16. This has derivatives of first order, and no `vmap`.
     """
-    if devices > 1 and x.dtype != kernel.dtype:
+    if summed and x.dtype != kernel.dtype:
         return _narrow_product(x, kernel)
     return jnp.dot(x, kernel.astype(x.dtype))
 
@@ -58,9 +58,9 @@ def _narrow_product_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax
     return _narrow_product(x, kernel), jnp.dot(dx, kernel.astype(x.dtype)) + by_kernel
 
 
-def plus(y: jax.Array, bias: jax.Array, devices: int) -> jax.Array:
+def plus(y: jax.Array, bias: jax.Array, summed: bool) -> jax.Array:
     """Y (..., C) + `bias` (C,), in the dtype of y, which may be narrower: see `product`."""
-    if devices > 1 and y.dtype != bias.dtype:
+    if summed and y.dtype != bias.dtype:
         return _narrow_plus(y, bias)
     return y + bias.astype(y.dtype)
 

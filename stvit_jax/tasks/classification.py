@@ -101,9 +101,7 @@ def create(config: ConfigDict, mesh: Mesh, classes: int, whose: str) -> STViT:
         )
     dtype = jnp.dtype(config.dtype)
     kernels = kernels_of(dtype, mesh.devices.flat[0]) if config.kernels == "auto" else PLAIN
-    if mesh.size > 1 and mesh.devices.flat[0].platform == "tpu":
-        kernels = PLAIN  # libtpu does not take the partitioning of `ops/partition.py`
-    kernels = kernels._replace(devices=mesh.size)
+    kernels = kernels._replace(mesh=mesh if mesh.size > 1 else None)
     try:
         return create_model(
             config.model.name,

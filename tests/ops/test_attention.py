@@ -42,4 +42,5 @@ def test_what_kernels_take():
         assert not takes(jnp.zeros((2, 9, 96), jnp.bfloat16), 8)
         assert not takes(jnp.zeros((2, 9, 96), jnp.float32), 2)
     assert not attention.tpu_takes(jnp.zeros((2, 1025, 96), jnp.bfloat16), 2)
+    assert not attention.cudnn_takes(jnp.zeros((2, 1, 96), jnp.bfloat16), 2)
     assert not attention.cudnn_takes(jnp.zeros((2, 9, 144), jnp.bfloat16), 1)

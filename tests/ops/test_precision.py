@@ -11,7 +11,7 @@ from stvit_jax.ops import precision
 from stvit_jax.ops.precision import wide_einsum
 
 # Of several devices.
-product, plus = (partial(f, devices=2) for f in (precision.product, precision.plus))
+product, plus = (partial(f, summed=True) for f in (precision.product, precision.plus))
 
 
 def numbers(shape, dtype, seed=0):
@@ -77,7 +77,9 @@ def test_one_device_keeps_all_derivatives():
     x, kernel = numbers((4, 3, 24), jnp.bfloat16), numbers((24, 40), jnp.float32)
 
     def loss(kernel, x):
-        return jnp.sum(jnp.sin(precision.plus(precision.product(x, kernel, 1), kernel[0], 1)))
+        return jnp.sum(
+            jnp.sin(precision.plus(precision.product(x, kernel, False), kernel[0], False))
+        )
 
     each = jax.vmap(jax.grad(loss), (None, 0))(kernel, x)
     np.testing.assert_array_equal(each[1], jax.grad(loss)(kernel, x[1]))
