@@ -101,6 +101,8 @@ def create(config: ConfigDict, mesh: Mesh, classes: int, whose: str) -> STViT:
         )
     dtype = jnp.dtype(config.dtype)
     kernels = kernels_of(dtype, mesh.devices.flat[0]) if config.kernels == "auto" else PLAIN
+    if config.deterministic and kernels.attention == "cudnn":
+        kernels = kernels._replace(attention="plain")  # cuDNN's gradient adds as threads come
     kernels = kernels._replace(mesh=mesh if mesh.size > 1 else None)
     try:
         return create_model(

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import stvit_jax
+from stvit_jax.config import base
 from stvit_jax.models.kernels import PLAIN, Kernels, kernels_of
+from stvit_jax.tasks import classification
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,27 @@ def test_the_default_device_decides():
     assert kernels_of(jnp.bfloat16) == PLAIN
     with jax.default_device(jax.devices("cpu")[0]):
         assert kernels_of(jnp.bfloat16) == PLAIN
+
+
+@pytest.mark.parametrize(
+    "changes, devices, expected",
+    [
+        ({}, 1, ("cudnn", "mosaic_gpu")),
+        ({}, 4, ("cudnn", "mosaic_gpu")),
+        ({"deterministic": True}, 4, ("plain", "mosaic_gpu")),
+        ({"kernels": "plain"}, 4, ("plain", "plain")),
+        ({"dtype": "float32"}, 1, ("plain", "plain")),
+    ],
+)
+def test_a_run_has_those_of_its_mesh(changes, devices, expected):
+    device = SimpleNamespace(platform="gpu", compute_capability="9.0")
+    mesh = SimpleNamespace(size=devices, devices=np.array([device] * devices))
+    config = base()
+    config.model.name = "stvit_tiny"
+    config.update(changes)
+    kernels = classification.create(config, mesh, 10, "the digits have").kernels
+    assert kernels[:2] == expected
+    assert kernels.mesh is (mesh if devices > 1 else None)
 
 
 def test_what_runs_is_said():
