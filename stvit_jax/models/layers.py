@@ -138,7 +138,7 @@ class Conv1x1(nn.Module):
     features: int
     dtype: Dtype
     param_dtype: Dtype
-    summed: bool  # whether gradients are summed over devices
+    several_devices: bool
     apart: bool = False
 
     @nn.compact
@@ -154,8 +154,8 @@ class Conv1x1(nn.Module):
         bias = self.param("bias", init, (self.features,), self.param_dtype)
         if before is not None:
             bias = bias + jnp.dot(before, kernel, precision="highest")
-        y = product(x, kernel, self.summed)
-        return (y, bias) if self.apart else plus(y, bias, self.summed)
+        y = product(x, kernel, self.several_devices)
+        return (y, bias) if self.apart else plus(y, bias, self.several_devices)
 
 
 class Conv3x3(nn.Module):
@@ -165,7 +165,7 @@ class Conv3x3(nn.Module):
     stride: int
     dtype: Dtype
     param_dtype: Dtype
-    summed: bool  # whether gradients are summed over devices
+    several_devices: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -181,7 +181,7 @@ class Conv3x3(nn.Module):
             ((1, 1), (1, 1)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return plus(y, bias, self.summed)
+        return plus(y, bias, self.several_devices)
 
 
 class HeadProjections(nn.Module):
@@ -194,7 +194,7 @@ class HeadProjections(nn.Module):
     use_bias: bool
     dtype: Dtype
     param_dtype: Dtype
-    summed: bool  # whether gradients are summed over devices
+    several_devices: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, apart: bool) -> tuple[Any, jax.Array | None]:
@@ -212,13 +212,13 @@ class HeadProjections(nn.Module):
         if self.use_bias:
             bias = self.param("bias", init, (3 * c,), self.param_dtype)
         if not apart:
-            y = product(x, kernel, self.summed)
-            return (y if bias is None else plus(y, bias, self.summed)), None
+            y = product(x, kernel, self.several_devices)
+            return (y if bias is None else plus(y, bias, self.several_devices)), None
         kernels = jnp.moveaxis(kernel.reshape(c, h, 3, c // h), 2, 0).reshape(3, c, c)
-        q, k, v = (product(x, kernel, self.summed) for kernel in kernels)
+        q, k, v = (product(x, kernel, self.several_devices) for kernel in kernels)
         if bias is not None:
             bias = jnp.moveaxis(bias.reshape(h, 3, c // h), 1, 0).reshape(3, c)
-            q, bias = plus(q, bias[0], self.summed), bias[2]
+            q, bias = plus(q, bias[0], self.several_devices), bias[2]
         return tuple(part.reshape(*x.shape[:2], h, c // h) for part in (q, k, v)), bias
 
 
@@ -253,17 +253,17 @@ class Layers:
         return wide(self.dtype)
 
     @property
-    def summed(self) -> bool:
-        """Whether gradients are summed over devices."""
+    def several_devices(self) -> bool:
+        """Whether a batch is shared, and gradients are summed over devices."""
         return self.kernels.mesh is not None
 
     def conv3x3(self, c_out: int, stride: int, name: str) -> Conv3x3:
         """A biased 3x3 convolution."""
-        return Conv3x3(c_out, stride, self.dtype, self.param_dtype, self.summed, name=name)
+        return Conv3x3(c_out, stride, self.dtype, self.param_dtype, self.several_devices, name=name)
 
     def conv1x1(self, c_out: int, name: str | None, *, apart: bool = False) -> Conv1x1:
         """A biased 1x1 convolution; `apart`: it hands its bias on."""
-        return Conv1x1(c_out, self.dtype, self.param_dtype, self.summed, apart, name=name)
+        return Conv1x1(c_out, self.dtype, self.param_dtype, self.several_devices, apart, name=name)
 
     def qkv(self, num_heads: int, use_bias: bool) -> HeadProjections:
         """The projections to queries, keys and values."""
@@ -272,7 +272,7 @@ class Layers:
             use_bias,
             self.dtype,
             self.param_dtype,
-            self.summed,
+            self.several_devices,
             name="qkv",
         )
 

@@ -30,14 +30,14 @@ def wide_einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return product(a, b)
 
 
-def product(x: jax.Array, kernel: jax.Array, summed: bool) -> jax.Array:
+def product(x: jax.Array, kernel: jax.Array, several_devices: bool) -> jax.Array:
     """X (..., C) times `kernel` (C, O), in the dtype of x, which may be narrower.
 
-    Where gradients are `summed` over devices, that of `kernel` is in the kernel's own dtype from
-    the first sum on: they add up float32, as PyTorch's data parallel training does; left alone,
-    they would add up bfloat16. This has derivatives of first order, and no `vmap`.
+    On `several_devices` that share a batch, the gradient of `kernel` is in the kernel's own dtype
+    from the first sum on: they add up float32, as PyTorch's data parallel training does; left
+    alone, they would add up bfloat16. This has derivatives of first order, and no `vmap`.
     """
-    if summed and x.dtype != kernel.dtype:
+    if several_devices and x.dtype != kernel.dtype:
         return _narrow_product(x, kernel)
     return jnp.dot(x, kernel.astype(x.dtype))
 
@@ -58,9 +58,9 @@ def _narrow_product_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax
     return _narrow_product(x, kernel), jnp.dot(dx, kernel.astype(x.dtype)) + by_kernel
 
 
-def plus(y: jax.Array, bias: jax.Array, summed: bool) -> jax.Array:
+def plus(y: jax.Array, bias: jax.Array, several_devices: bool) -> jax.Array:
     """Y (..., C) + `bias` (C,), in the dtype of y, which may be narrower: see `product`."""
-    if summed and y.dtype != bias.dtype:
+    if several_devices and y.dtype != bias.dtype:
         return _narrow_plus(y, bias)
     return y + bias.astype(y.dtype)
 

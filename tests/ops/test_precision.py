@@ -11,7 +11,7 @@ from stvit_jax.ops import precision
 from stvit_jax.ops.precision import wide_einsum
 
 # Of several devices.
-product, plus = (partial(f, summed=True) for f in (precision.product, precision.plus))
+product, plus = (partial(f, several_devices=True) for f in (precision.product, precision.plus))
 
 
 def numbers(shape, dtype, seed=0):
