@@ -75,8 +75,8 @@ class _Rows:
 
     def load(self, ref: Any, *index: Any) -> jax.Array:
         """A chunk, as float32. The interpreter knows no layouts."""
-        x = ref[index] if self.interpret else plgpu.load(ref, index, layout=self.layout)
-        return x.astype(jnp.float32)
+        x = ref[index]
+        return (x if self.interpret else plgpu.layout_cast(x, self.layout)).astype(jnp.float32)
 
     def chunk(self, j: int, shift: int = 0) -> Any:
         """Columns of chunk j, `shift` pixels to the right."""
@@ -358,6 +358,8 @@ def _call(
         grid=grid,
         grid_names=("images", "channels"),
         scratch_types=scratch,
+        # The default of jax 0.10; that of 0.12 has no erf.
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         **({"interpret": interpret} if interpret else {}),
     )
 
