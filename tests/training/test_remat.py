@@ -22,11 +22,15 @@ def images() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def network(random_variables):
-    """A network with these stages `remat`; its variables."""
+    """A network with these stages `remat`, some fields set otherwise; its variables."""
 
-    def network(remat: tuple[int, ...]):
+    def network(remat: tuple[int, ...], **fields):
         model = stvit_jax.create_model(
-            "stvit_tiny", **TWO_STAGES, drop_path_rate=0.5, dtype=jnp.float64, remat=remat
+            "stvit_tiny",
+            **TWO_STAGES | fields,
+            drop_path_rate=0.5,
+            dtype=jnp.float64,
+            remat=remat,
         )
         variables = random_variables(model)
         variables["params"] = jax.tree.map(np.float64, variables["params"])
@@ -85,13 +89,15 @@ def test_less_is_kept_for_the_backward_pass(network, images, train: bool) -> Non
     reason="its compiler for CPUs merges the second computation with the first",
 )
 def test_the_program_takes_less_memory(network, images) -> None:
+    """With several blocks a stage: a single block is in memory as a whole while it is redone."""
+
     def temporaries(remat: tuple[int, ...]) -> int:
-        model, variables = network(remat)
+        model, variables = network(remat, depths=(3, 3))
         loss = loss_of(model, variables["batch_stats"], images)
         compiled = jax.jit(jax.grad(loss, has_aux=True)).lower(variables["params"]).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporaries((0, 1)) < 0.8 * temporaries(())
+    assert temporaries((0, 1)) < 0.6 * temporaries(())
 
 
 def test_the_network_is_the_same_one(network) -> None:
