@@ -10,10 +10,10 @@ Any of them may lie in a bucket (`gs://`); a file there is fetched before it is 
 
 Read, not written: a folder with `model.safetensors` or `pytorch_model.bin`, or an index of shards.
 
-Settings are called `stvit_config`, names by label `class_names`, a list. `settings.py` says what
-settings are. Files of others carry none; a variant is recognised by its shapes. A file that is
-written here holds one set of weights; files of training hold the moving average besides, which
-`ema` asks for.
+Settings are called `stvit_config`, names by label `class_names`, a list, and the side of the
+pictures `image_size`. `settings.py` says what settings are. Files of others carry none; a variant
+is recognised by its shapes. A file that is written here holds one set of weights; files of training
+hold the moving average besides, which `ema` asks for.
 """
 
 import dataclasses
@@ -40,8 +40,10 @@ from stvit_jax.errors import UserError, listing, one_line, reason
 from stvit_jax.models.settings import SETTINGS, Settings
 from stvit_jax.trees import leaves, nested, path_name
 
+_CARRIED = ("stvit_config", "class_names", "image_size")  # beside the weights
 _COLLECTIONS = ("params/", "batch_stats/")
 _NARROW = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+_LARGEST_IMAGE = 2**14
 # Of a folder that holds one set of weights, as hubs have them; the first that is there.
 _IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
 
@@ -60,6 +62,7 @@ class Weights:
       epoch: likewise.
       classes: names by label, where the file carries them.
       notes: what was done to the names and values, in lines.
+      image_size: side in pixels of the square pictures that it is for, where the file says it.
     """
 
     variables: dict[str, Any]
@@ -70,6 +73,7 @@ class Weights:
     epoch: float | None = None
     classes: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    image_size: int | None = None
 
 
 def read(path: str | Path, ema: bool = False) -> Weights:
@@ -112,7 +116,12 @@ def read(path: str | Path, ema: bool = False) -> Weights:
     if classes is not None and not _are_names(classes, variables):
         classes, ignored = None, ignored | {"class_names": "not one name for each class"}
     classes = None if classes is None else tuple(classes)
-    return dataclasses.replace(weights, variables=variables, classes=classes, ignored=ignored)
+    size = weights.image_size
+    if size is not None and not (type(size) is int and 1 <= size <= _LARGEST_IMAGE):
+        size, ignored = None, ignored | {"image_size": "no side of a picture in pixels"}
+    return dataclasses.replace(
+        weights, variables=variables, classes=classes, ignored=ignored, image_size=size
+    )
 
 
 def write(path: str | Path, weights: Weights) -> None:
@@ -133,6 +142,8 @@ def write(path: str | Path, weights: Weights) -> None:
     carried = {"stvit_config": weights.settings}
     if weights.classes is not None:
         carried["class_names"] = list(weights.classes)
+    if weights.image_size is not None:
+        carried["image_size"] = weights.image_size
     try:
         if path.exists() or (not places.in_bucket(path) and path.is_symlink()):
             raise UserError(f"{path} exists; remove it, or choose another output")
@@ -178,17 +189,18 @@ def _read_file(path: Path, ema: bool) -> Weights:
 
 def _read_torch(path: Path, ema: bool) -> Weights:
     entries = torch_files.read(path)
-    settings, classes = entries.pop("stvit_config", None), entries.pop("class_names", None)
-    classes = list(classes) if isinstance(classes, tuple) else classes
+    carried = {key: entries.pop(key, None) for key in _CARRIED}
+    if isinstance(carried["class_names"], tuple):
+        carried["class_names"] = list(carried["class_names"])
     found = _find(path, entries, ema)
-    return _from_torch(path, torch_files.arrays(found.tensors, path), found, settings, classes)
+    return _from_torch(path, torch_files.arrays(found.tensors, path), found, carried)
 
 
 def _read_safetensors(path: Path, ema: bool) -> Weights:
     tensors, metadata = safetensors_files.read(path)
-    settings, classes = (_json(path, metadata, key) for key in ("stvit_config", "class_names"))
+    carried = {key: _json(path, metadata, key) for key in _CARRIED}
     found = _find(path, tensors, ema)
-    return _from_torch(path, found.tensors, found, settings, classes)
+    return _from_torch(path, found.tensors, found, carried)
 
 
 def _read_shards(index: Path, ema: bool) -> Weights:
@@ -206,7 +218,7 @@ def _read_shards(index: Path, ema: bool) -> Weights:
             raise UserError(f"{shard} lacks {listing(missing)}, which {index.name} says it holds")
         tensors |= {name: held[name] for name in names}
     found = _find(index, tensors, ema)
-    return _from_torch(index, found.tensors, found, None, None)
+    return _from_torch(index, found.tensors, found, {})
 
 
 def _read_directory(path: Path, ema: bool) -> Weights:
@@ -230,8 +242,8 @@ def _read_directory(path: Path, ema: bool) -> Weights:
     if ema:
         raise _no_average(path)
     variables, carried = directories.read(path)
-    classes = carried.get("class_names")
-    return Weights(variables, carried["stvit_config"], path, {}, classes=classes)
+    settings, classes, size = (carried.get(key) for key in _CARRIED)
+    return Weights(variables, settings, path, {}, classes=classes, image_size=size)
 
 
 def _read_workdir(path: Path, ema: bool, position: int | None) -> Weights:
@@ -266,7 +278,8 @@ def _read_workdir(path: Path, ema: bool, position: int | None) -> Weights:
     names = path / "classes.json"  # older runs have none
     classes = files.read_json(names) if names.exists() else None
     epoch = found.notes.get("epoch")
-    return Weights(variables, settings, source, {}, found.position, epoch, classes)
+    size = config.get("image_size")
+    return Weights(variables, settings, source, {}, found.position, epoch, classes, image_size=size)
 
 
 def _are_names(classes: Any, variables: Any) -> bool:
@@ -291,8 +304,7 @@ def _from_torch(
     path: Path,
     tensors: Mapping[str, np.ndarray],
     found: state_dicts.Found,
-    settings: Settings | None,
-    classes: Any,
+    carried: Mapping[str, Any],
 ) -> Weights:
     state_dict = state_dicts.with_counters(tensors)
     ignored, notes = dict(found.ignored), found.notes
@@ -304,7 +316,10 @@ def _from_torch(
         ignored["attn.unfold.weights, attn.fold.weights"] = f"{kernels} constant kernels, checked"
     if counters := len(state_dict) - len(tensors):
         notes += (f"{counters} num_batches_tracked are missing: taken for 0",)
-    return Weights(variables, settings, path, ignored, classes=classes, notes=notes)
+    settings, classes, size = (carried.get(key) for key in _CARRIED)
+    return Weights(
+        variables, settings, path, ignored, classes=classes, notes=notes, image_size=size
+    )
 
 
 def _canonical(path: Any, array: np.ndarray) -> np.ndarray:

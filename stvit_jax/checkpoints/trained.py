@@ -1,0 +1,62 @@
+"""A trained network out of a file of any form, ready to be used."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from stvit_jax.checkpoints import fit, weights
+from stvit_jax.errors import UserError
+from stvit_jax.models.settings import Settings, absent, abstract, create
+from stvit_jax.models.stvit import STViT
+
+PUBLISHED_SIZE = 224  # of the pictures that most released weights are for
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A network, its variables, and what is known of how it is used.
+
+    Attributes:
+      model: with the settings that the file carries, or those of the variant with its shapes.
+      variables: `{"params": ..., "batch_stats": ...}`, `jax.Array`s in the dtypes of `model`.
+      settings: plain values, as files carry them.
+      classes: names by label, where the file carries them.
+      image_size: side in pixels of the pictures that it was trained on; where the file does not say
+        it, that of most released weights.
+      source: the file or directory that was read.
+    """
+
+    model: STViT
+    variables: dict[str, Any]
+    settings: Settings
+    classes: tuple[str, ...] | None
+    image_size: int
+    source: Path
+
+
+def load_trained(path: str | Path, ema: bool = False, **overrides: Any) -> Trained:
+    """The network in a file of any form that `init_from` takes; its settings are found with it.
+
+    Args:
+      path: see `weights`.
+      ema: the moving average in place of the raw weights.
+      **overrides: of `create_model`, what is no part of the weights: `dtype`, `kernels`.
+
+    Raises:
+      UserError: as `weights.read`; or it carries no settings and no variant has its shapes; or the
+        classifier is missing.
+    """
+    found = fit.identify(weights.read(path, ema))
+    if missing := absent(found.variables):
+        raise UserError(
+            f"{found.source} has no {' and no '.join(missing)}, so there is nothing that it says "
+            "of a picture: train it first, with --config.init_from of this file"
+        )
+    model = create(found.settings, **overrides)
+    variables = abstract(model)
+    variables = jax.tree.map(jnp.asarray, fit.merge(variables, found))
+    size = found.image_size or PUBLISHED_SIZE
+    return Trained(model, variables, found.settings, found.classes, size, found.source)
