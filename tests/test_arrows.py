@@ -41,8 +41,19 @@ ARROWS = {
     "tasks": {"models", "data", "augment", "checkpoints.fit", "checkpoints.weights", "config"}
     | {"schedules", "training.task"}
     | GROUND,
+    "figures": {"errors", "places"},
     # Commands at the door, one thin file each; never `run`.
-    "": {"tasks", "models", "checkpoints", "data", "training.task", "command_line", "config"}
+    "": {
+        "figures",
+        "ops",
+        "tasks",
+        "models",
+        "checkpoints",
+        "data",
+        "training.task",
+        "command_line",
+        "config",
+    }
     | LEAVES
     | GROUND,
 }
@@ -55,7 +66,8 @@ LIBRARIES = {
     "grain": {"data"},
     "tensorflow_datasets": {"data"},
     "array_record": {"data"},
-    "PIL": {"data", "contact_sheet"},
+    "PIL": {"data", "contact_sheet", "visualize"},
+    "matplotlib": {"figures", "visualize"},
     "simplejpeg": {"data"},
     "cykooz_resizer": {"data"},
     "clu": {"training.metrics"},
