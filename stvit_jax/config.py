@@ -89,6 +89,12 @@ def base() -> ConfigDict:
     config.deterministic = False  # GPU: runs that repeat bit by bit, see parallel.py
     config.init_from = ""  # .pth, .safetensors, converted directory, workdir; gs:// too
     config.init_from_ema = False  # take its moving average
+    config.teacher = ConfigDict()  # distillation; see tasks/distillation.py
+    config.teacher.init_from = ""  # a trained network, in the forms of init_from; "": off
+    config.teacher.init_from_ema = False  # its moving average
+    config.teacher.kind = "hard"  # soft: its distribution; hard: its best class
+    config.teacher.alpha = 0.5  # the teacher's share of the loss
+    config.teacher.temperature = 1.0  # of both distributions, where soft
     config.seed = 0
     config.robustness = ()  # data sets to evaluate how far a model carries, see robustness.py
     config.eval_only = False  # evaluate what the workdir, or init_from, holds
@@ -190,6 +196,14 @@ CHECKS: tuple[Check, ...] = (
         lambda v, _: not places.is_address(v) or re.match("gs:/", v),
         "give a path on this machine, or gs://BUCKET/PATH",
     ),
+    Check(
+        "teacher.init_from",
+        lambda v, _: not places.is_address(v) or re.match("gs:/", v),
+        "give a path on this machine, or gs://BUCKET/PATH",
+    ),
+    _one_of("teacher.kind", "soft", "hard"),
+    Check("teacher.alpha", lambda v, _: 0 <= v <= 1, "it must be in [0, 1]"),
+    Check("teacher.temperature", lambda v, _: 0 < v < math.inf, "it must be finite and positive"),
     Check(
         "batch_size",
         lambda v, c: not c.group_size or v % c.group_size == 0,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Callable
 
 import optax
 from jax.sharding import Mesh
@@ -13,7 +14,7 @@ from stvit_jax.training import optimizer
 from stvit_jax.training.gradients import accumulated
 from stvit_jax.training.meter import Plan
 from stvit_jax.training.step import TrainStep, make_train_step
-from stvit_jax.training.task import Task
+from stvit_jax.training.task import Batch, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +58,14 @@ class Plans:
 
 
 def train_step_of(
-    config: ConfigDict, task: Task, tx: optax.GradientTransformation, mesh: Mesh
+    config: ConfigDict,
+    task: Task,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    prepare: Callable[..., Batch] | None = None,
 ) -> TrainStep:
-    """The training step of a config, not compiled."""
+    """The training step of a config, not compiled; `prepare` is in place of the task's."""
     # Images that share statistics stay in one part; frozen statistics are shared by all.
     group_size = 0 if config.freeze_batch_norm else config.group_size
     gradients = accumulated(task.objective, config.gradient_accumulation, group_size, mesh)
-    return make_train_step(task.prepare, gradients, tx, config.ema_decay)
+    return make_train_step(prepare or task.prepare, gradients, tx, config.ema_decay)

@@ -33,6 +33,7 @@ from stvit_jax.training.signals import STOPPED, Stop
 from stvit_jax.training.step import TrainState, abstract_batch, at_step, compile_step, init_state
 from stvit_jax.training.task import Task
 from stvit_jax.training.watchdog import Watchdog
+from stvit_jax.trees import digest
 
 MOST_SKIPS = 3  # of losses that are not finite, in a run
 
@@ -74,6 +75,7 @@ class Trainer:
             stack.push(self._close_checkpoints)
             state, notes = self._newest()
             step = int(state.step)
+            self._given = self._read_given(step)
             self._done = workdir.Evaluations(self._where)
             self._done.forget_after(step)
             evaluated = bool(cluster.told("yes" if self._done.of(step) is not None else ""))
@@ -250,13 +252,39 @@ class Trainer:
         ema = jax.tree.map(jnp.copy, variables) if state.ema else {}
         return state.replace(**variables, ema=ema), {}
 
+    def _read_given(self, step: int) -> tuple[Callable | None, tuple[Any, ...]]:
+        """The `prepare` that takes what is given, and that, on the devices; nothing where none is.
+
+        Raises:
+          UserError: it cannot be read, or is not what the run has learned from up to here.
+        """
+        if (given := self._task.given) is None:
+            return None, ()
+        found = read_alike(given.path, given.ema)
+        with cluster.together():
+            prepare, tree = given.use(found)
+            record = self._where / workdir.GIVEN
+            text = json.dumps({"sha256": digest(tree)}) + "\n"
+            before = workdir.read_text(record)
+            if step and before not in (None, text):
+                raise UserError(
+                    f"{found.source} is not what the run in {self._where} has learned from: its "
+                    "weights are others; bring those back (of a run, name checkpoints/STEP), or "
+                    "start another --workdir"
+                )
+        with cluster.together():
+            if cluster.is_first():
+                workdir.replace(record, text)
+        return prepare, (jax.device_put(tree, parallel.replicated(self._mesh)),)
+
     def _compile(self, state: TrainState, key: jax.Array) -> Callable:
         start = time.monotonic()
-        train_step = train_step_of(self._config, self._task, self._plans.tx, self._mesh)
+        prepare, given = self._given
+        train_step = train_step_of(self._config, self._task, self._plans.tx, self._mesh, prepare)
         batch = abstract_batch(share_spec(self._task.train), self._config.batch_size)
-        compiled = compile_step(train_step, state, batch, key, mesh=self._mesh, donate=True)
+        compiled = compile_step(train_step, state, batch, key, *given, mesh=self._mesh, donate=True)
         say(f"compiled the training step in {time.monotonic() - start:.0f} s")
-        return compiled
+        return lambda state, batch, key: compiled(state, batch, key, *given)
 
     def _result(self, step: int) -> str:
         """The last line of a run: where it is, how good it is, where everything lies."""

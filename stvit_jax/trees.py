@@ -1,5 +1,6 @@
 """Trees of arrays by the paths of their leaves, as `params/head/kernel`."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,15 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[leaf] = value
     return tree
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 of names, forms and values of arrays on the host."""
+    sha = hashlib.sha256()
+    for path, leaf in sorted(leaves(tree).items()):
+        sha.update(f"{path} {leaf.dtype} {leaf.shape} ".encode())
+        sha.update(leaf.tobytes())
+    return sha.hexdigest()
 
 
 def differences(theirs: Any, ours: Any) -> list[str]:

@@ -31,7 +31,7 @@ from stvit_jax.models.kernels import PLAIN, kernels_of
 from stvit_jax.models.settings import absent
 from stvit_jax.models.settings import images as input_of
 from stvit_jax.models.stvit import STViT, create_model
-from stvit_jax.tasks import robustness
+from stvit_jax.tasks import distillation, robustness
 from stvit_jax.training.task import Batch, Evaluation, Metrics, Picture, Task, Variables
 
 Augment = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -72,18 +72,24 @@ def task(config: ConfigDict, mesh: Mesh) -> Task:
     drop_path = schedules.drop_path(
         config.model.drop_path_rate, config.drop_path_schedule, config.epochs, steps_per_epoch
     )
+    prepared = partial(prepare, augment)
+    criterion, given = cross_entropy, None
+    if config.teacher.init_from and train is not None:
+        criterion = distillation.criterion(config.teacher, cross_entropy)
+        given = distillation.given(config.teacher, model, classes, prepared, adopt)
     return Task(
         what=config.model.name,
         kernels=model.kernels.describe(),
         classes=classes,
         init=lambda key: model.lazy_init(key, input_of(model)),
         train=train,
-        prepare=partial(prepare, augment),
-        objective=objective(model, drop_path, config.freeze_batch_norm),
+        prepare=prepared,
+        objective=objective(model, drop_path, config.freeze_batch_norm, criterion),
         evaluations=evaluations,
         adopt=partial(adopt, model, classes),
         fold=partial(fold.folded_variables, model),
         sheet=partial(sheet, augment, classes, config.label_smoothing),
+        given=given,
     )
 
 
@@ -167,13 +173,24 @@ def prepare(augment: Augment, batch: Batch, key: jax.Array) -> Batch:
     return {"image": images, "target": targets}
 
 
-def objective(model: STViT, drop_path: schedules.Schedule, freeze_batch_norm: bool) -> Callable:
+def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The mean over the examples of logits (B, K) against `target` (B, K), and nothing else."""
+    return jnp.mean(optax.softmax_cross_entropy(logits, batch["target"])), {}
+
+
+def objective(
+    model: STViT,
+    drop_path: schedules.Schedule,
+    freeze_batch_norm: bool,
+    criterion: distillation.Criterion = cross_entropy,
+) -> Callable:
     """The loss of a prepared batch, as `Task.objective`.
 
     Args:
       model: the network.
       drop_path: rate by step.
       freeze_batch_norm: the published fine-tuning: inference mode, while all parameters train.
+      criterion: of the logits.
     """
 
     def loss(
@@ -193,7 +210,8 @@ def objective(model: STViT, drop_path: schedules.Schedule, freeze_batch_norm: bo
                 rngs={"dropout": key},
             )
             batch_stats = updated["batch_stats"]
-        return jnp.mean(optax.softmax_cross_entropy(logits, batch["target"])), (batch_stats, {})
+        loss, scalars = criterion(logits, batch)
+        return loss, (batch_stats, scalars)
 
     return loss
 

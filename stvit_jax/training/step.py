@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 from stvit_jax import parallel
 from stvit_jax.training import optimizer
 from stvit_jax.training.gradients import Gradients
-from stvit_jax.training.task import Batch, Variables, step_keys
+from stvit_jax.training.task import Batch, Tree, Variables, step_keys
 
-TrainStep = Callable[["TrainState", Batch, jax.Array], tuple["TrainState", dict[str, jax.Array]]]
+# (state, batch, key of the run, and what is given, if anything)
+TrainStep = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
 
 
 @flax.struct.dataclass
@@ -67,7 +68,7 @@ def at_step(state: TrainState, step: int) -> TrainState:
 
 
 def make_train_step(
-    prepare: Callable[[Batch, jax.Array], Batch],
+    prepare: Callable[..., Batch],
     gradients: Gradients,
     tx: optax.GradientTransformation,
     ema_decay: float,
@@ -75,19 +76,19 @@ def make_train_step(
     """One optimiser step as a pure function.
 
     Args:
-      prepare: of a `Task`.
+      prepare: of a `Task`, or of what is `Given` to it.
       gradients: of its objective, see `gradients.py`.
       tx: the optimiser.
       ema_decay: of the moving average; 0: none.
 
     Returns:
-      (state, batch, key of the run) to (state, {"loss", "gradient_norm": global, before any
+      (state, batch, key of the run, *given) to (state, {"loss", "gradient_norm": global, before any
       clipping, "unreadable": how many examples of the batch did not decode, and what else the
       objective reports}).
     """
 
     def train_step(
-        state: TrainState, batch: Batch, key: jax.Array
+        state: TrainState, batch: Batch, key: jax.Array, *given: Tree
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         before = state
         prepare_key, objective_key = step_keys(key, state.step)
@@ -95,7 +96,7 @@ def make_train_step(
         (loss, (batch_stats, scalars)), grads = gradients(
             state.params,
             state.batch_stats,
-            prepare(batch, prepare_key) | rows,
+            prepare(batch, prepare_key, *given) | rows,
             objective_key,
             state.step,
         )

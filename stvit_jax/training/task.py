@@ -56,6 +56,24 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Given:
+    """A file that training takes something from which it does not change: a teacher's weights.
+
+    It is read anew when a run goes on, and no part of checkpoints.
+
+    Attributes:
+      path: of weights.
+      ema: whether their moving average is meant.
+      use: the weights to (`prepare` of the task with what is given as a third argument, what is
+        given: a tree of arrays, on the host).
+    """
+
+    path: str
+    ema: bool
+    use: Callable[[Weights], tuple[Callable[[Batch, jax.Array, Tree], Batch], Tree]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
     """What a run trains and evaluates.
 
@@ -77,6 +95,7 @@ class Task:
       fold: variables to those that give the same in fewer operations, on the host; nothing is
         trained with them, and `measure` of all evaluations takes either.
       sheet: (batch, key of `prepare`) to one row of pictures an example: how training sees it.
+      given: what else training needs, or None.
     """
 
     what: str
@@ -90,3 +109,4 @@ class Task:
     adopt: Callable[[Variables, Weights, bool], Variables]
     fold: Callable[[Variables], Variables]
     sheet: Callable[[dict[str, np.ndarray], jax.Array], list[list[Picture]]]
+    given: Given | None = None

@@ -1,6 +1,7 @@
 """The folder of a run: what lies in it beside checkpoints and logs, and how it is written.
 
-`config.json`: the recipe; `classes.json`: what the labels mean; `evaluations.json`: what has been
+`config.json`: the recipe; `classes.json`: what the labels mean; `given.json`: what else training
+takes, as digests; `evaluations.json`: what has been
 evaluated, by step. Files are replaced whole: whoever reads one, at any moment, reads all of it.
 The folder may be one in a bucket, see `places`.
 """
@@ -20,6 +21,7 @@ from stvit_jax.console import warn
 from stvit_jax.errors import UserError, one_line, reason
 
 CONFIG, CLASSES, EVALUATIONS = "config.json", "classes.json", "evaluations.json"
+GIVEN = "given.json"
 SHARED_WITHIN = 15  # seconds: file systems of networks show what is new a little later
 
 
