@@ -19,6 +19,8 @@ from stvit_jax.errors import UserError, listing, one_line
 _MAY_DIFFER = (
     "steps",
     "log_every",
+    "logger",
+    "logger_project",
     "eval_only",
     "data.workers",
     "data.dir",
@@ -100,6 +102,8 @@ def base() -> ConfigDict:
     config.eval_only = False  # evaluate what the workdir, or init_from, holds
 
     config.log_every = 50  # steps
+    config.logger = ""  # wandb or trackio follow the run, too; "": nobody
+    config.logger_project = "stvit_jax"  # where it is listed there
     config.eval_every_epochs = 1  # 0: only at the end
     config.checkpoint_every = 1000  # steps
     config.checkpoint_keep = 3
@@ -184,6 +188,7 @@ CHECKS: tuple[Check, ...] = (
     *_at_least(0, "data.workers"),
     Check("stall_after", lambda v, _: 0 <= v < math.inf, "give seconds, or 0 for never"),
     _one_of("on_nonfinite", "stop", "skip"),
+    _one_of("logger", "", "wandb", "trackio"),
     Check("seed", lambda v, _: v < 2**32, "it must be less than 2**32"),
     *_share("ema_decay", "label_smoothing", "data.max_bad_fraction"),
     Check("augment.erasing_probability", lambda v, _: 0 <= v <= 1, "it must be in [0, 1]"),
@@ -262,6 +267,15 @@ def validate(config: ConfigDict) -> None:
 def model_settings(config: ConfigDict) -> dict[str, Any]:
     """The overrides of `create_model` that the config states."""
     return {k: v for k, v in config.model.items() if k != "name" and v is not None}
+
+
+def flat(config: ConfigDict) -> dict[str, str | int | float | bool]:
+    """All fields by their dotted names, as a table of runs takes them."""
+    plain = (str, int, float, bool)
+    return {
+        name: value if isinstance(value, plain) else str(value)
+        for name, value in _flat(config.to_dict()).items()
+    }
 
 
 def to_json(config: ConfigDict) -> str:

@@ -45,8 +45,8 @@ def run(
         stop.share()
     with cluster.together():
         places.reach(where)
-        if config.init_from:
-            places.reach(places.of(config.init_from))
+        for path in filter(None, (config.init_from, config.teacher.init_from)):
+            places.reach(places.of(path))
         mesh = parallel.make_mesh(config.batch_size, config.gradient_accumulation)
         task = tasks.build(config, mesh)
     _check_same_data(task)

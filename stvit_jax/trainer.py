@@ -10,14 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from stvit_jax import cluster, parallel, programs
 from stvit_jax.checkpoints.manager import Checkpoints
-from stvit_jax.config import check_same_recipe, to_json
+from stvit_jax.config import check_same_recipe, flat, to_json
 from stvit_jax.console import say, warn
 from stvit_jax.data.loader import train_batches
+from stvit_jax.data.order import Order
 from stvit_jax.data.prefetch import DevicePrefetch, device_prefetch
 from stvit_jax.data.share import Share, share_spec
 from stvit_jax.errors import UserError, listing
@@ -26,15 +28,17 @@ from stvit_jax.models.settings import UNOPTIMIZED
 from stvit_jax.plans import Plans, train_step_of
 from stvit_jax.training import loop, workdir
 from stvit_jax.training.evaluation import AVERAGED, RAW
+from stvit_jax.training.loggers import Logger
 from stvit_jax.training.meter import Meter, NonFinite
 from stvit_jax.training.metrics import MetricWriter, keep_lines
 from stvit_jax.training.owner import Owner
 from stvit_jax.training.signals import STOPPED, Stop
 from stvit_jax.training.step import TrainState, abstract_batch, at_step, compile_step, init_state
-from stvit_jax.training.task import Task
+from stvit_jax.training.task import Task, step_keys
 from stvit_jax.training.watchdog import Watchdog
 from stvit_jax.trees import digest
 
+SHOWN = 16  # inputs, to TensorBoard
 MOST_SKIPS = 3  # of losses that are not finite, in a run
 
 
@@ -84,8 +88,10 @@ class Trainer:
                 return 0
             if cluster.is_first():
                 keep_lines(self._where, step, evaluated or not self._plan.evaluates(step))
-                self._writer = MetricWriter(self._where)
+                self._writer = MetricWriter(self._where, self._logger())
                 stack.callback(lambda: self._writer.close())
+                if step == 0:
+                    self._writer.describe(flat(self._config), self._pictures)
             step = self._train(stack, state, notes, evaluated)
         if self._watchdog.stalled and not self._stop.requested:
             raise UserError(
@@ -132,6 +138,22 @@ class Trainer:
             state, notes = self._go_back(found, notes)
             evaluated = False
             share, batches = self._load(stack, found.step)
+
+    def _logger(self) -> Logger | None:
+        config = self._config
+        if not config.logger:
+            return None
+        return Logger(config.logger, config.logger_project, flat(config), self._where)
+
+    def _pictures(self) -> np.ndarray:
+        """The first inputs of another epoch like the first, uint8 (N, S, S, 3), as trained on."""
+        config, source = self._config, self._task.train.source
+        count = config.group_size or min(SHOWN, len(source))
+        order = Order(len(source), count, count, config.data.repeats, seed=config.seed)
+        with contextlib.closing(train_batches(self._task.train, order)) as batches:
+            batch = next(batches)
+        rows = self._task.sheet(batch, step_keys(jax.random.key(config.seed), 0)[0])
+        return np.stack([pictures[-1][0] for pictures in rows[:SHOWN]])
 
     def _load(self, stack: contextlib.ExitStack, start: int) -> tuple[Share, DevicePrefetch]:
         config, examples = self._config, self._task.train
@@ -188,7 +210,7 @@ class Trainer:
         if self._writer:
             self._writer.close()  # lines that wait in it are of what is undone
             keep_lines(self._where, step, True)
-            self._writer = MetricWriter(self._where)
+            self._writer = MetricWriter(self._where, self._logger())
             counts = {"train/skipped": found.step - step}
             self._writer.write(found.step, self._plan.epoch(found.step), counts)
         # At once: who is stopped here must not come to it again, nor forget how often it happened.

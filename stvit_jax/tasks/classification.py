@@ -66,13 +66,14 @@ def task(config: ConfigDict, mesh: Mesh) -> Task:
         num_classes=model.num_classes,
         group_size=config.group_size,
         label_smoothing=config.label_smoothing,
-        mesh=mesh if mesh.size > 1 else None,
         **config.augment,
     )
+    # Pictures are made by one process, of its own.
+    everywhere = partial(augment, mesh=mesh if mesh.size > 1 else None)
     drop_path = schedules.drop_path(
         config.model.drop_path_rate, config.drop_path_schedule, config.epochs, steps_per_epoch
     )
-    prepared = partial(prepare, augment)
+    prepared = partial(prepare, everywhere)
     criterion, given = cross_entropy, None
     if config.teacher.init_from and train is not None:
         criterion = distillation.criterion(config.teacher, cross_entropy)

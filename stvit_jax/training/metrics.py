@@ -1,4 +1,4 @@
-"""Where numbers go: `metrics.jsonl` and TensorBoard files. Written, and never read to decide.
+"""Where numbers go: `metrics.jsonl`, TensorBoard files, a logger. Never read to decide.
 
 A log is unimportant: what cannot be written is said once, and the training goes on.
 """
@@ -7,13 +7,17 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from stvit_jax import places
 from stvit_jax.console import say, warn
 from stvit_jax.errors import described, reason
+from stvit_jax.training.loggers import Logger
 
 
 class MetricWriter:
@@ -23,8 +27,8 @@ class MetricWriter:
     does what is put into a bucket: no step waits for it.
     """
 
-    def __init__(self, workdir: Path) -> None:
-        self._workdir = workdir
+    def __init__(self, workdir: Path, logger: Logger | None = None) -> None:
+        self._workdir, self._logger = workdir, logger
         kind = _Object if places.in_bucket(workdir) else _File
         self._lines = kind(workdir / "metrics.jsonl")
         self._thread = ThreadPoolExecutor(1)
@@ -32,11 +36,22 @@ class MetricWriter:
         self._events: tempfile.TemporaryDirectory | None = None  # TensorBoard's, for a bucket
         self._thread.submit(self._open_tensorboard, workdir)
 
+    def describe(self, config: dict[str, Any], pictures: Callable[[], np.ndarray]) -> None:
+        """For TensorBoard, of a run that begins: its fields, and some inputs.
+
+        Args:
+          config: flat.
+          pictures: makes uint8 (N, H, W, 3); called in the thread, and where they can be shown.
+        """
+        self._thread.submit(self._describe_to_tensorboard, config, pictures)
+
     def write(self, step: int, epoch: float, metrics: dict[str, float], **notes: Any) -> None:
         """One line: `step`, `epoch`, the metrics, and notes, which are no numbers to plot."""
         line = json.dumps({"step": step, "epoch": round(epoch, 4), **metrics, **notes})
         self._lines.add(f"{line}\n".encode())
         self._thread.submit(self._write_tensorboard, step, metrics)
+        if self._logger:
+            self._logger.log(metrics | {"epoch": epoch}, step)
         if not any(name.startswith("train/") for name in metrics):
             self.flush()  # an evaluation took long enough
 
@@ -50,6 +65,8 @@ class MetricWriter:
         self._thread.submit(self._close_tensorboard)
         self.flush()
         self._thread.shutdown()
+        if self._logger:
+            self._logger.finish()
         if self._events:
             self._events.cleanup()
 
@@ -74,6 +91,20 @@ class MetricWriter:
             self._tensorboard = metric_writers.SummaryWriter(str(workdir))
         except Exception as error:  # not installed; installed and broken; no room for its file
             say(f"no TensorBoard files ({described(error)}); metrics.jsonl has everything")
+
+    def _describe_to_tensorboard(
+        self, config: dict[str, Any], pictures: Callable[[], np.ndarray]
+    ) -> None:
+        if self._tensorboard is None:
+            return
+        try:
+            self._tensorboard.write_hparams(config)
+            lines = "\n".join(f"    {name} = {value!r}" for name, value in config.items())
+            self._tensorboard.write_texts(0, {"config": lines})
+            self._tensorboard.write_images(0, {"inputs": pictures()})
+            self._tensorboard.flush()
+        except Exception as error:  # of TensorFlow, or of pictures that cannot be made
+            warn(f"TensorBoard shows no config or no inputs ({described(error)}); the run goes on")
 
     def _write_tensorboard(self, step: int, metrics: dict[str, float]) -> None:
         if self._tensorboard is None:

@@ -1,0 +1,109 @@
+"""What follows a run: services shaped like wandb, which never end it, and TensorBoard's start."""
+
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from stvit_jax.training import loggers
+from tests.program import metrics
+
+# A service as wandb and trackio are, on a disk; each fault is one that such a service has.
+SERVICE = """
+    import json, pathlib, time
+    FAULT = {fault!r}
+    lines = []
+    def init(project, name=None, config=None, resume=None, dir=None):
+        if FAULT == "init": raise ConnectionError("no network")
+        lines.append([project, name, config["batch_size"], resume, dir])
+    def log(metrics, step=None):
+        if FAULT == "log": raise RuntimeError("quota")
+        if FAULT == "hang": time.sleep(600)
+        lines.append([step, metrics])
+    def finish():
+        pathlib.Path(lines[0][4], "service.json").write_text(json.dumps(lines))
+"""
+
+
+def service(folder: Path, fault: str = "") -> Path:
+    """A folder to import `trackio` from."""
+    folder.mkdir(exist_ok=True)
+    (folder / "trackio.py").write_text(textwrap.dedent(SERVICE.format(fault=fault)))
+    return folder
+
+
+def begin(monkeypatch, folder: Path, workdir: Path, fault: str = "") -> loggers.Logger:
+    workdir.mkdir(exist_ok=True)
+    monkeypatch.syspath_prepend(str(service(folder, fault)))
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    return loggers.Logger("trackio", "p", {"batch_size": 64}, workdir)
+
+
+def test_everything_arrives(monkeypatch, tmp_path: Path) -> None:
+    logger = begin(monkeypatch, tmp_path / "service", tmp_path / "run")
+    logger.log({"train/loss": 2.0}, 1)
+    logger.log({"eval/top1": 0.5}, 2)
+    logger.finish()
+    assert (tmp_path / "run" / "service.json").read_text() == (
+        f'[["p", "run", 64, "allow", "{tmp_path}/run"], [1, {{"train/loss": 2.0}}], '
+        '[2, {"eval/top1": 0.5}]]'
+    )
+
+
+@pytest.mark.parametrize("fault", ["init", "log", "hang", "missing"])
+def test_a_fault_is_said_once(fault: str, monkeypatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setattr(loggers, "PATIENCE", 1.0)
+    if fault == "missing":
+        logger = loggers.Logger("no_such_service", "p", {}, tmp_path)
+    else:
+        logger = begin(monkeypatch, tmp_path / "service", tmp_path / "run", fault)
+    for step in range(3):
+        logger.log({"train/loss": 2.0}, step)
+    logger.finish()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    words = {
+        "init": "(ConnectionError: no network); metrics.jsonl goes on",
+        "log": "(RuntimeError: quota); metrics.jsonl goes on",
+        "hang": "did not end in 1 s; metrics.jsonl has everything",
+        "missing": "pip install no_such_service); metrics.jsonl goes on",
+    }
+    assert said[0].endswith(words[fault])
+
+
+def test_a_run_is_followed_and_shown(start, tmp_path: Path) -> None:
+    """The real program, with TensorBoard, which shows its fields and first inputs."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    folder = service(tmp_path / "service")
+    program = start(
+        tmp_path / "run",
+        "--config.steps=2",
+        "--config.logger=trackio",
+        tensorflow=True,
+        PYTHONPATH=str(folder),
+    )
+    assert program.wait() == 0, program.output
+    text = (tmp_path / "run" / "service.json").read_text()
+    assert '"stvit_jax", "run", 64, "allow"' in text
+    for line in metrics(tmp_path / "run"):
+        for key in line.keys() - {"step", "epoch"}:
+            assert f'"{key}": {line[key]}' in text
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    plugins = {
+        tag: events.SummaryMetadata(tag).plugin_data.plugin_name for tag in events.Tags()["tensors"]
+    }
+    images = [tag for tag, plugin in plugins.items() if plugin == "images"]
+    assert images and images[0].startswith("inputs")
+    encoded = events.Tensors(images[0])[0].tensor_proto.string_val
+    assert encoded[:2] == [b"32", b"32"] and len(encoded) > 3 and len(set(encoded[2:])) > 3
+    assert any(plugin == "text" and tag.startswith("config") for tag, plugin in plugins.items())
+    assert "hparams" in {
+        value.metadata.plugin_data.plugin_name
+        for file in (tmp_path / "run").glob("events.*")
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+    }
