@@ -338,10 +338,7 @@ class STViT(nn.Module):
     def features(self, images: jax.Array, *, train: bool = False, **how: Any) -> jax.Array:
         """The pooled vector that enters the classifier, (B, projection), at least float32.
 
-        Arguments as in `feature_maps`.
-
-        Raises:
-          UserError: as `feature_maps`, or the network has `features_only`.
+        Arguments and errors as in `feature_maps`; a network with `features_only` has none.
         """
         if self.features_only:
             raise UserError("a network with features_only has no pooled vector: leave that out")
