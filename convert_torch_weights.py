@@ -1,16 +1,20 @@
 """Converts weights between PyTorch and this project, and shows what was taken, left and written.
 
     python convert_torch_weights.py INPUT --output OUTPUT [--model NAME] [--ema] [--verify]
+    python convert_torch_weights.py INPUT --output OUTPUT --pretrained [--image_size N]
 
 INPUT and OUTPUT may lie in a bucket (gs://BUCKET/PATH).
 
 INPUT is a file of torch.save (.pth, .pt, .bin, .ckpt) or .safetensors, with PyTorch names; a folder
 that holds `model.safetensors` or `pytorch_model.bin`, or an index of its shards; a directory that
-this program wrote; or the workdir of a run. What was put round the names (`module.`, `_orig_mod.`,
-`model.`, `backbone.`) is taken off, and a head that is missing is initialised anew; both are said.
+this program wrote; the workdir of a run; or hf_hub:OWNER/NAME[@REVISION]. What was put round the
+names (`module.`, `_orig_mod.`, `model.`, `backbone.`) is taken off, and a head that is missing is
+initialised anew; both are said.
 
 OUTPUT ends in .pth, .pt, .bin or .ckpt (the published code loads `model` of it with strict=True) or
-in .safetensors, or else is an Orbax directory. Names of the classes are passed on.
+in .safetensors, or else is an Orbax directory. Names of the classes and the size of the pictures
+are passed on. With --pretrained OUTPUT is a folder to share, which PyTorch and JAX both load:
+model.safetensors, and config.json with names, settings and preprocessing.
 
 A pickle runs nothing: it is read without torch.load, and refused where it holds more than weights
 and plain data.
@@ -23,6 +27,7 @@ Any other network is stated as a variant and what differs from it, by the publis
 
 import argparse
 import ast
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stvit_jax import command_line, places, torch_weights
-from stvit_jax.checkpoints import files, fit, weights
+from stvit_jax.checkpoints import files, fit, pretrained, weights
 from stvit_jax.console import say
 from stvit_jax.errors import UserError
 from stvit_jax.models.settings import SETTINGS, UNOPTIMIZED, create
@@ -44,9 +49,27 @@ _MOST_ENTRIES = 50  # that are listed one by one
 
 
 def convert(
-    source: str, output: str, *, ema: bool, model: str | None, verify: bool, **overrides: Any
+    source: str,
+    output: str,
+    *,
+    ema: bool,
+    model: str | None,
+    verify: bool,
+    share: bool = False,
+    image_size: int | None = None,
+    **overrides: Any,
 ) -> None:
     """Reads, identifies, writes and reports.
+
+    Args:
+      source: INPUT.
+      output: OUTPUT.
+      ema: the moving average in place of the raw weights.
+      model: a variant, with `overrides`, where `source` does not tell it.
+      verify: compare with PyTorch afterwards.
+      share: write a folder to be shared.
+      image_size: side of the pictures in pixels, in the place of what `source` says.
+      **overrides: of `model`.
 
     Raises:
       UserError: anything that keeps the output from being exactly the input in another form.
@@ -54,6 +77,7 @@ def convert(
     found = weights.read(source, ema)
     say(f"input      {found.source}\n  sha256   {sha256(found.source)}")
     found = fit.fill(fit.identify(found, model, **overrides))
+    found = dataclasses.replace(found, image_size=image_size or found.image_size)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(found.variables["params"]))
     say(
         f"found      {found.settings['name']}, {found.settings['num_classes']} classes, "
@@ -65,7 +89,7 @@ def convert(
         say(f"  ignored  {entry}: {reason}")
     if (more := len(found.ignored) - _MOST_ENTRIES) > 0:
         say(f"  ignored  {more} entries more")
-    weights.write(output, found)
+    (pretrained.write if share else weights.write)(output, found)
     say(f"output     {output}\n  sha256   {sha256(files.located(output))}")
     if verify:
         say(f"verify     {compare(found, weights.read(output))}")
@@ -88,7 +112,7 @@ def compare(before: weights.Weights, after: weights.Weights) -> str:
     settings = {k: v for k, v in before.settings.items() if k != "name"}
     images = np.random.default_rng(0).normal(size=(2, 224, 224, settings["in_chans"]))
     peer = torch_stvit.STViT(**settings).double().eval()
-    state_dict = torch_weights.to_torch(before.variables)
+    state_dict = torch_weights.to_torch(before.variables, partial=not settings["num_classes"])
     peer.load_state_dict({k: torch.from_numpy(v) for k, v in state_dict.items()}, strict=True)
     with torch.no_grad():
         theirs = peer(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
@@ -138,6 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", metavar="NAME", help=", ".join(list_models()))
     parser.add_argument("--ema", action="store_true", help="take the moving average")
     parser.add_argument("--verify", action="store_true", help="run both networks on random images")
+    parser.add_argument("--pretrained", action="store_true", dest="share", help="write a folder")
+    parser.add_argument("--image_size", type=int, metavar="N", help="of pictures, in pixels")
     for field in SETTINGS:
         parser.add_argument(f"--{field}", type=_setting, help="overrides the one of --model")
     args = vars(parser.parse_args(argv))

@@ -349,10 +349,11 @@ class STViT(nn.Module):
             self.layers.append(Stage(blocks, None if last else Downsample(width, embed_dim[i + 1])))
         self.proj = Pointwise(embed_dim[-1], projection)
         self.norm = nn.BatchNorm2d(projection)
-        self.head = nn.Linear(projection, num_classes)
+        self.head = nn.Linear(projection, num_classes) if num_classes else nn.Identity()
         # PyTorch's own initialisation of convolutions and norms is the published one.
-        nn.init.trunc_normal_(self.head.weight, std=0.02, a=-2.0, b=2.0)
-        nn.init.zeros_(self.head.bias)
+        if num_classes:
+            nn.init.trunc_normal_(self.head.weight, std=0.02, a=-2.0, b=2.0)
+            nn.init.zeros_(self.head.bias)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """Maps (B, C, H, W) at the end of each stage, before downsampling: strides 4 8 16 32."""

@@ -13,8 +13,10 @@ _EXPORTS = {
     "UserError": "errors",
     "create_model": "models.stvit",
     "fold_batch_norm": "models.fold",
+    "from_pretrained": "checkpoints.pretrained",
     "list_models": "models.stvit",
     "load_weights": "checkpoints.fit",
+    "save_pretrained": "checkpoints.pretrained",
 }
 _MODULES = ("augment", "data", "ops", "schedules", "torch_weights")
 __all__ = [
@@ -23,9 +25,11 @@ __all__ = [
     "create_model",
     "data",
     "fold_batch_norm",
+    "from_pretrained",
     "list_models",
     "load_weights",
     "ops",
+    "save_pretrained",
     "schedules",
     "torch_weights",
 ]
@@ -33,6 +37,7 @@ __all__ = [
 if TYPE_CHECKING:  # what editors and type checkers see
     from stvit_jax import augment, data, ops, schedules, torch_weights
     from stvit_jax.checkpoints.fit import load_weights
+    from stvit_jax.checkpoints.pretrained import from_pretrained, save_pretrained
     from stvit_jax.errors import UserError
     from stvit_jax.models.fold import fold_batch_norm
     from stvit_jax.models.stvit import create_model, list_models

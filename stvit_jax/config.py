@@ -89,7 +89,7 @@ def base() -> ConfigDict:
     config.dtype = "bfloat16"  # of compute; float32, float64
     config.kernels = "auto"  # in bfloat16 those that suit the device; plain: XLA's alone
     config.deterministic = False  # GPU: runs that repeat bit by bit, see parallel.py
-    config.init_from = ""  # .pth, .safetensors, converted directory, workdir; gs:// too
+    config.init_from = ""  # .pth, .safetensors, directory, workdir; gs://, hf_hub:
     config.init_from_ema = False  # take its moving average
     config.teacher = ConfigDict()  # distillation; see tasks/distillation.py
     config.teacher.init_from = ""  # a trained network, in the forms of init_from; "": off
@@ -199,7 +199,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "init_from",
         lambda v, _: not places.is_address(v) or re.match("gs:/", v),
-        "give a path on this machine, or gs://BUCKET/PATH",
+        "give a path on this machine, gs://BUCKET/PATH or hf_hub:OWNER/NAME",
     ),
     Check(
         "teacher.init_from",
@@ -246,6 +246,7 @@ CHECKS: tuple[Check, ...] = (
         lambda v, _: all(isinstance(name, str) for name in v),
         "write the names of data sets, ('imagenet_a', ...)",
     ),
+    Check("model.num_classes", lambda v, _: v != 0, "without a classifier nothing is learned"),
     Check("model.in_chans", lambda v, _: v in (None, 3), "pictures are read as RGB; leave it out"),
 )
 

@@ -163,11 +163,12 @@ def from_torch(state_dict: Mapping[str, np.ndarray], partial: bool = False) -> d
     return variables
 
 
-def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def to_torch(variables: Mapping[str, Any], partial: bool = False) -> dict[str, np.ndarray]:
     """A PyTorch state dict from Flax variables; the published code loads it with strict=True.
 
     Args:
       variables: `{"params": ..., "batch_stats": ...}` with array leaves of any dtype (kept).
+      partial: what follows the stages may be missing: the head, or all of it.
 
     Returns:
       Published names to numpy arrays, in the published order, constant kernels included.
@@ -181,8 +182,8 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
         pair, numbers = _find(path, _BY_OUR_NAME)
         name = _fill(pair.torch, numbers) if pair else path
         state_dict[name] = pair.rule.to_torch(np.asarray(leaf)) if pair else leaf
-    expected = _check_names(state_dict)
-    dtype = state_dict["head.weight"].dtype
+    expected = _check_names(state_dict, partial)
+    dtype = state_dict["patch_embed.proj.0.weight"].dtype
     ordered = {}
     for name in expected:
         array = state_dict.get(name, _ONE_HOT.astype(dtype))  # only constant kernels are absent
@@ -248,7 +249,7 @@ def _check_names(names: Collection[str], partial: bool = False) -> list[str]:
     may_miss = tuple(f".attn.{rule.torch}" for rule in _FOLD_KERNELS)
     missing = [n for n in expected if n not in names and not n.endswith(may_miss)]
     if partial and missing in ([p.torch for p in _pairs(rows)] for rows in (_HEAD[-1:], _HEAD)):
-        missing = []
+        expected, missing = [n for n in expected if n not in missing], []
     wanted = set(expected)
     unexpected = [name for name in names if name not in wanted]
     if missing or unexpected or not depths:

@@ -35,6 +35,9 @@ ARROWS = {
     **dict.fromkeys(("data.array_record", "data.mnist"), {"command_line"} | GROUND),  # commands
     "augment": {"data.normalization"} | GROUND,
     "checkpoints": {"models.settings", "models.stvit", "torch_weights"} | GROUND,
+    "checkpoints.pretrained": {"data.decode", "data.normalization"}  # what config.json says of them
+    | {"models.settings", "models.stvit", "torch_weights"}
+    | GROUND,
     "training": {"checkpoints.manager", "schedules"} | GROUND,
     "training.task": {"data.examples", "checkpoints.weights"},  # their types
     "training.signals": {"console"},  # before anything heavy is imported
@@ -62,6 +65,7 @@ LIBRARIES = {
     "flax": {"models", "training.step"},
     "orbax": {"checkpoints", "cluster"},
     "safetensors": {"checkpoints"},
+    "huggingface_hub": {"checkpoints.hub"},
     "torch": {"checkpoints"},
     "grain": {"data"},
     "tensorflow_datasets": {"data"},

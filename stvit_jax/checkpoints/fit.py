@@ -47,10 +47,12 @@ def fill(weights: Weights) -> Weights:
     Args:
       weights: with settings, see `identify`.
     """
+    model = create(weights.settings)
     missing = absent(weights.variables)
+    missing = tuple(module for module in missing if module in abstract(model)["params"])
     if not missing:
         return weights
-    initial = _initial(create(weights.settings), missing)
+    initial = _initial(model, missing)
     variables = {
         collection: {**tree, **jax.tree.map(np.asarray, initial.get(collection, {}))}
         for collection, tree in weights.variables.items()
@@ -72,7 +74,8 @@ def merge(variables: Any, weights: Weights) -> Any:
     Returns:
       The same tree: numpy arrays in the dtypes of `variables`. Where the number of classes
       differs, or the file has no head, or nothing after the stages, these leaves are those of
-      `variables`, and a line says so.
+      `variables`; what the file has after the stages and `variables` have not is dropped; a line
+      says so.
 
     Raises:
       UserError: anything else differs (all differences listed).
@@ -80,7 +83,13 @@ def merge(variables: Any, weights: Weights) -> Any:
     ours, theirs = leaves(variables), leaves(weights.variables)
     modules = _anew(variables, weights)
     kept = [path for path in ours if path.split("/")[1] in modules]
-    if missing := absent(weights.variables):
+    dropped = tuple(m for m in absent(variables) if m not in absent(weights.variables))
+    if dropped:
+        say(
+            f"{weights.source}: its {', '.join(dropped)} {_are(dropped)} dropped; this network has "
+            "none"
+        )
+    if missing := tuple(m for m in absent(weights.variables) if m in modules):
         say(
             f"{weights.source}: {', '.join(missing)} {_are(missing)} not in it; re-initialised, "
             "to be trained"
@@ -92,7 +101,7 @@ def merge(variables: Any, weights: Weights) -> Any:
             "the head is re-initialised"
         )
     differing = differences(
-        {path: x for path, x in theirs.items() if path not in kept},
+        {p: x for p, x in theirs.items() if p not in kept and p.split("/")[1] not in dropped},
         {path: x for path, x in ours.items() if path not in kept},
     )
     if differing:
@@ -132,7 +141,7 @@ def load_weights(model: STViT, path: str | Path, ema: bool = False) -> dict[str,
     Args:
       model: of any image size and number of classes; a head of another size, or one that is not
         there, is initialised anew (key 0), and a line says so.
-      path: `.pth`, `.safetensors`, a converted directory, or the workdir of a run.
+      path: see `weights`.
       ema: the moving average in place of the raw weights.
 
     Returns:
@@ -141,12 +150,16 @@ def load_weights(model: STViT, path: str | Path, ema: bool = False) -> dict[str,
     Raises:
       UserError: as `read`, or they do not fit the network (all differences listed).
     """
+    return fitted(model, read(path, ema))
+
+
+def fitted(model: STViT, weights: Weights) -> dict[str, Any]:
+    """As `load_weights`, of weights as read."""
     if model.folded:
         raise UserError(
             "no weights are those of a folded network: load them into the network that is not "
             "folded, and fold both: stvit_jax.fold_batch_norm(model, variables)"
         )
-    weights = read(path, ema)
     check_heads(model, weights)
     variables = abstract(model)
     if modules := _anew(variables, weights):
@@ -164,7 +177,9 @@ def _anew(variables: Any, weights: Weights) -> tuple[str, ...]:
         and ours.shape[:-1] == theirs.shape[:-1]
         and ours.shape[-1] != theirs.shape[-1]
     )
-    return ("head",) if other else absent(weights.variables)
+    if other:
+        return ("head",)
+    return tuple(m for m in absent(weights.variables) if m not in absent(variables))
 
 
 def _initial(model: STViT, modules: tuple[str, ...]) -> dict[str, Any]:

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from stvit_jax.checkpoints import fit, weights
+from stvit_jax.checkpoints.pretrained import PUBLISHED_SIZE
 from stvit_jax.errors import UserError
 from stvit_jax.models.settings import Settings, absent, abstract, create
 from stvit_jax.models.stvit import STViT
-
-PUBLISHED_SIZE = 224  # of the pictures that most released weights are for
 
 
 @dataclasses.dataclass(frozen=True)

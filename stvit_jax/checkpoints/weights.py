@@ -8,7 +8,9 @@
 
 Any of them may lie in a bucket (`gs://`); a file there is fetched before it is read.
 
-Read, not written: a folder with `model.safetensors` or `pytorch_model.bin`, or an index of shards.
+Read, not written: a folder with `model.safetensors` or `pytorch_model.bin`, or an index of shards;
+`hf_hub:OWNER/NAME[@REVISION]`, see `hub`. Of a `config.json` in such a folder, see `pretrained`,
+what it says of STViT counts before what the file of weights says; any other is let alone.
 
 Settings are called `stvit_config`, names by label `class_names`, a list, and the side of the
 pictures `image_size`. `settings.py` says what settings are. Files of others carry none; a variant
@@ -29,6 +31,7 @@ from stvit_jax import places, torch_weights
 from stvit_jax.checkpoints import (
     directories,
     files,
+    hub,
     orbax,
     reader,
     safetensors_files,
@@ -43,7 +46,7 @@ from stvit_jax.trees import leaves, nested, path_name
 _CARRIED = ("stvit_config", "class_names", "image_size")  # beside the weights
 _COLLECTIONS = ("params/", "batch_stats/")
 _NARROW = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-_LARGEST_IMAGE = 2**14
+LARGEST_IMAGE = 2**14
 # Of a folder that holds one set of weights, as hubs have them; the first that is there.
 _IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
 
@@ -87,7 +90,7 @@ def read(path: str | Path, ema: bool = False) -> Weights:
       UserError: not there, not of a known form, damaged, no STViT, not finite, or no moving average
         in it.
     """
-    path = files.located(path)
+    path = hub.fetched(str(path)) if hub.is_address(str(path)) else files.located(path)
     places.reach(path)
     try:
         with places.os_errors(path):
@@ -117,7 +120,7 @@ def read(path: str | Path, ema: bool = False) -> Weights:
         classes, ignored = None, ignored | {"class_names": "not one name for each class"}
     classes = None if classes is None else tuple(classes)
     size = weights.image_size
-    if size is not None and not (type(size) is int and 1 <= size <= _LARGEST_IMAGE):
+    if size is not None and not (type(size) is int and 1 <= size <= LARGEST_IMAGE):
         size, ignored = None, ignored | {"image_size": "no side of a picture in pixels"}
     return dataclasses.replace(
         weights, variables=variables, classes=classes, ignored=ignored, image_size=size
@@ -136,6 +139,8 @@ def write(path: str | Path, weights: Weights) -> None:
         package that is missing; or the weights are of a folded network.
     """
     torch_weights.check_unfolded(weights.variables)
+    if hub.is_address(str(path)):
+        raise UserError(f"{path}: nothing is written to a hub; write a folder, and upload that")
     as_directory = str(path).endswith("/")
     path = files.located(path)
     places.reach(path)
@@ -151,7 +156,8 @@ def write(path: str | Path, weights: Weights) -> None:
             directories.write(path, weights.variables, carried)
             return
         files.check_output(path)
-        state_dict = torch_weights.to_torch(weights.variables)
+        headless = not weights.settings["num_classes"]
+        state_dict = torch_weights.to_torch(weights.variables, partial=headless)
         with files.replaced(path) as file:
             if files.suffix(path) in files.TORCH_SUFFIXES:
                 torch_files.write(file, state_dict, carried)
@@ -166,6 +172,8 @@ def write(path: str | Path, weights: Weights) -> None:
 
 def _read_file(path: Path, ema: bool) -> Weights:
     """By its contents, which names do not always tell; a broken one by its name."""
+    if path.name.endswith(safetensors_files.INDEX):
+        return _read_shards(path, ema)
     if places.in_bucket(path):
         with files.fetched(path) as copy:
             try:
@@ -173,8 +181,6 @@ def _read_file(path: Path, ema: bool) -> Weights:
             except UserError as error:
                 raise UserError(str(error).replace(str(copy), str(path))) from error
     start, suffix = files.beginning(path), files.suffix(path)
-    if path.name.endswith(safetensors_files.INDEX):
-        return _read_shards(path, ema)
     if start.startswith(b"PK\x03\x04"):
         return _read_torch(path, ema)
     if suffix == ".safetensors" or start[8:9] == b"{":
@@ -229,11 +235,9 @@ def _read_directory(path: Path, ema: bool) -> Weights:
     whole = path if places.in_bucket(path) else path.resolve()
     if path.name.isdecimal() and whole.parent.name == "checkpoints":
         return _read_workdir(whole.parent.parent, ema, int(path.name))
-    for name in _IN_FOLDERS:
+    for name in (n + end for n in _IN_FOLDERS for end in ("", safetensors_files.INDEX)):
         if (path / name).exists():
-            return _read_file(path / name, ema)
-        if (path / (name + safetensors_files.INDEX)).exists():
-            return _read_shards(path / (name + safetensors_files.INDEX), ema)
+            return _configured(_read_file(path / name, ema), path / "config.json")
     if not directories.is_one(path):
         raise UserError(
             f"{path} is neither a directory that convert_torch_weights.py wrote nor the workdir of "
@@ -244,6 +248,17 @@ def _read_directory(path: Path, ema: bool) -> Weights:
     variables, carried = directories.read(path)
     settings, classes, size = (carried.get(key) for key in _CARRIED)
     return Weights(variables, settings, path, {}, classes=classes, image_size=size)
+
+
+def _configured(weights: Weights, path: Path) -> Weights:
+    """With what `config.json` beside them says, where that is there and of an STViT."""
+    config = files.read_json(path) if path.exists() else None
+    if not isinstance(config, dict) or "stvit_config" not in config:
+        return weights
+    fields = {"settings": "stvit_config", "classes": "label_names", "image_size": "image_size"}
+    said = {field: config.get(key) for field, key in fields.items()}
+    said = {field: value for field, value in said.items() if value is not None}
+    return dataclasses.replace(weights, **said)
 
 
 def _read_workdir(path: Path, ema: bool, position: int | None) -> Weights:

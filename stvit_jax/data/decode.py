@@ -64,6 +64,11 @@ class UnreadableImage(Exception):
     known: Mapping[str, Any] = MappingProxyType({})
 
 
+def crop_share(image_size: int) -> float:
+    """The side of the evaluation crop as a share of the short side that an image is resized to."""
+    return 224 / 256 if SMALL_SIZE < image_size <= 224 else 1.0
+
+
 def eval_image(data: bytes, image_size: int) -> np.ndarray:
     """Decode an image and cut the evaluation crop.
 
@@ -88,7 +93,7 @@ def eval_image(data: bytes, image_size: int) -> np.ndarray:
         raise UserError(f"image_size is {one_line(image_size)}: give a positive number of pixels")
     pixels = decode_rgb(data)
     height, width = pixels.shape[:2]
-    short = int(256 / 224 * image_size) if image_size <= 224 else image_size
+    short = int(image_size / crop_share(image_size))
     if image_size <= SMALL_SIZE:
         size = (image_size, image_size)
     elif width <= height:

@@ -235,8 +235,10 @@ class STViT(nn.Module):
     `dtype` is the compute dtype; parameters are float32, or float64 with it. `group_size` is the
     number of images that share BatchNorm statistics in training (0: the whole batch). The blocks of
     the stages `remat` are computed again in the backward pass, which takes less memory. `kernels`:
-    "auto" takes those of JAX's default device, "plain" XLA's alone. `folded` is the network for
-    inference that `fold_batch_norm` makes, and is set by nothing else.
+    "auto" takes those of JAX's default device, "plain" XLA's alone. With `num_classes` 0 there is
+    no classifier, and the network gives the pooled vector; with `features_only` there is nothing
+    after the stages, and it gives their maps. `folded` is the network for inference that
+    `fold_batch_norm` makes, and is set by nothing else.
     """
 
     embed_dim: Sequence[int]
@@ -256,6 +258,7 @@ class STViT(nn.Module):
     group_size: int = 0
     remat: Sequence[int] = ()
     kernels: str | Kernels = "auto"
+    features_only: bool = False
     folded: bool = False
 
     def setup(self) -> None:
@@ -285,9 +288,19 @@ class STViT(nn.Module):
             )
             for i in range(len(self.depths))
         ]
-        self.proj = make.conv1x1(self.projection, None)
-        self.norm = make.batch_norm(None)
-        self.head = make.linear(self.num_classes, None)
+        if not self.features_only:
+            self.proj = make.conv1x1(self.projection, None)
+            self.norm = make.batch_norm(None)
+            if self.num_classes:
+                self.head = make.linear(self.num_classes, None)
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Of each of the `feature_maps`: channels, stride and stage, with timm's keys."""
+        return [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"layers_{i}"}
+            for i, dim in enumerate(self.embed_dim)
+        ]
 
     def feature_maps(
         self,
@@ -325,8 +338,10 @@ class STViT(nn.Module):
     def features(self, images: jax.Array, *, train: bool = False, **how: Any) -> jax.Array:
         """The pooled vector that enters the classifier, (B, projection), at least float32.
 
-        Arguments as in `feature_maps`.
+        Arguments and errors as in `feature_maps`; a network with `features_only` has none.
         """
+        if self.features_only:
+            raise UserError("a network with features_only has no pooled vector: leave that out")
         x = self.feature_maps(images, train=train, **how)[-1]
         x = jax.nn.silu(self.norm(self.proj(x), train=train))
         return jnp.mean(x, axis=(1, 2), dtype=wide(self.dtype))
@@ -338,10 +353,16 @@ class STViT(nn.Module):
         train: bool = False,
         drop_path_rate: Rate | None = None,
         rows: jax.Array | None = None,
-    ) -> jax.Array:
-        """Class logits, (B, num_classes), at least float32; arguments as in `feature_maps`."""
+    ) -> jax.Array | list[jax.Array]:
+        """Class logits, (B, num_classes), at least float32; arguments as in `feature_maps`.
+
+        With `num_classes` 0 the `features`, with `features_only` the `feature_maps`.
+        """
         how = dict(train=train, drop_path_rate=drop_path_rate, rows=rows)
-        return self.head(self.features(images, **how))
+        if self.features_only:
+            return self.feature_maps(images, **how)
+        pooled = self.features(images, **how)
+        return self.head(pooled) if self.num_classes else pooled
 
 
 def list_models() -> list[str]:

@@ -71,7 +71,9 @@ WHOLES = (
     ENDLESS,
 )
 REFUSED = {
-    **dict.fromkeys(("num_classes", "projection", "in_chans"), WHOLE),
+    **dict.fromkeys(("projection", "in_chans"), WHOLE),
+    "num_classes": ("7", 7.0, None, -1, True),
+    "features_only": ("False", None, 2, [True]),
     **dict.fromkeys(("depths", "embed_dim", "num_heads", "n_iter", "stoken_size"), WHOLES),
     "group_size": (2.0, "2", -1, None, True),
     "kernels": ("mosaic_gpu", None, 1, ("plain", "plain")),
@@ -101,8 +103,8 @@ def test_what_no_setting_can_be_is_refused_by_name(field):
 
 def test_a_setting_says_what_was_given_and_what_it_must_be():
     with pytest.raises(UserError) as caught:
-        setting("num_classes", 10.0)
-    assert str(caught.value) == "model.num_classes is 10.0: it must be a whole number, at least 1"
+        setting("projection", 10.0)
+    assert str(caught.value) == "model.projection is 10.0: it must be a whole number, at least 1"
     with pytest.raises(UserError) as caught:
         setting("depths", 2)
     assert str(caught.value) == (
