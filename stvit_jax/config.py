@@ -27,6 +27,7 @@ _MAY_DIFFER = (
     "data.max_bad_fraction",
     "checkpoint_every",
     "checkpoint_keep",
+    "checkpoint_best",
     # As with the number of devices, the sums of a step are in another order, and no more.
     "gradient_accumulation",
     "remat",
@@ -41,7 +42,7 @@ def base() -> ConfigDict:
     config.task = "classification"
 
     config.model = ConfigDict()
-    config.model.name = "stvit_small"
+    config.model.name = "stvit_small"  # "": the network of init_from, with its settings
     config.model.num_classes = config_dict.placeholder(int)  # None: as many as the data set has
     config.model.drop_path_rate = 0.0
     # None: as the variant has it.
@@ -53,7 +54,7 @@ def base() -> ConfigDict:
         config.model[field] = config_dict.placeholder(int)
     config.model.qkv_bias = config_dict.placeholder(bool)
 
-    config.image_size = 224  # pixels, square
+    config.image_size = 224  # pixels, square; 0: that of init_from
     config.data = ConfigDict()
     config.data.source = "tfds"
     config.data.name = "imagenet2012"
@@ -85,6 +86,11 @@ def base() -> ConfigDict:
     config.augment.erasing_probability = 0.25
     config.augment.mixup = True  # and CutMix
     config.drop_path_schedule = ()  # ((epoch, rate), ...): from that epoch on
+    # Of fine-tuning, see models/depth.py: the learning rate by layer, as a power of this (1: all
+    # alike); how many stages stay as they are; whether the classifier alone learns.
+    config.layer_decay = 1.0
+    config.freeze_stages = 0
+    config.linear_probe = False
     config.freeze_batch_norm = False  # fine-tuning: running statistics used and kept, no drop path
     config.dtype = "bfloat16"  # of compute; float32, float64
     config.kernels = "auto"  # in bfloat16 those that suit the device; plain: XLA's alone
@@ -107,6 +113,7 @@ def base() -> ConfigDict:
     config.eval_every_epochs = 1  # 0: only at the end
     config.checkpoint_every = 1000  # steps
     config.checkpoint_keep = 3
+    config.checkpoint_best = False  # save at the best evaluation, and keep that one besides
     config.stall_after = 600.0  # seconds in which nothing happens, before the run ends; 0: off
     config.on_nonfinite = "stop"  # where a loss is not finite; skip: back, and past the batches
     return config
@@ -180,7 +187,19 @@ _LOCAL = (
 
 CHECKS: tuple[Check, ...] = (
     _one_of("task", "classification"),
-    *_at_least(1, "image_size", "batch_size", "epochs", "log_every", "gradient_accumulation"),
+    *_at_least(0, "image_size", "freeze_stages"),
+    Check("layer_decay", lambda v, _: 0 < v <= 1, "it must be above 0 and at most 1"),
+    Check(
+        "freeze_stages",
+        lambda v, c: not v or c.freeze_batch_norm,
+        "the statistics of frozen stages stay, too: set config.freeze_batch_norm=True",
+    ),
+    Check(
+        "linear_probe",
+        lambda v, c: not v or c.freeze_batch_norm,
+        "the statistics stay, too: set config.freeze_batch_norm=True",
+    ),
+    *_at_least(1, "batch_size", "epochs", "log_every", "gradient_accumulation"),
     *_at_least(1, "checkpoint_every", "checkpoint_keep", "data.repeats"),
     *_at_least(0, "group_size", "steps", "warmup_epochs", "seed", "eval_every_epochs"),
     *_at_least(0, "learning_rate", "min_learning_rate", "warmup_learning_rate", "weight_decay"),

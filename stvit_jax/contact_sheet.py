@@ -22,6 +22,7 @@ from stvit_jax.console import say
 from stvit_jax.data.loader import train_batches
 from stvit_jax.data.order import Order
 from stvit_jax.errors import UserError, reason
+from stvit_jax.following import as_weights_have_it
 from stvit_jax.training.task import Picture, step_keys
 
 GROUPS, GROUP_SIZE = 3, 6
@@ -42,6 +43,7 @@ def contact_sheet(config: ConfigDict) -> Image.Image:
         config.batch_size, config.group_size, config.eval_only = count, GROUP_SIZE, False
         config.gradient_accumulation = 1
     validate(config)
+    config = as_weights_have_it(config, None)
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))
     task = tasks.build(config, mesh)
     order = Order(len(task.train.source), count, GROUP_SIZE, config.data.repeats, seed=config.seed)

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -17,7 +18,7 @@ from stvit_jax.data.prefetch import device_prefetch
 from stvit_jax.data.share import Share, share_spec
 from stvit_jax.errors import Interrupted, UserError
 from stvit_jax.training import workdir
-from stvit_jax.training.evaluation import AVERAGED, RAW, describe, evaluate
+from stvit_jax.training.evaluation import AVERAGED, RAW, best, describe, evaluate
 from stvit_jax.training.metrics import MetricWriter
 from stvit_jax.training.signals import STOPPED, Stop
 from stvit_jax.training.step import abstract_batch, compile_step
@@ -39,6 +40,7 @@ class Evaluator:
         self._evaluations, self._config, self._mesh = evaluations, config, mesh
         self._stop, self._watchdog = stop, watchdog
         self._compiled: dict[Callable, Callable] = {}
+        self._joined: dict[str, Any] = {}  # by name of the evaluation, of the last one
 
     def compile(self, variables: Variables) -> None:
         """Compiles all programs, where that is to be done ahead of the first evaluation."""
@@ -66,7 +68,7 @@ class Evaluator:
                 share, parallel.by_image(self._mesh), interrupted=self._interrupted
             )
             with contextlib.closing(batches):
-                metrics |= evaluate(
+                found, self._joined[evaluation.name] = evaluate(
                     evaluation,
                     self._compiled[evaluation.measure],
                     variables,
@@ -75,6 +77,7 @@ class Evaluator:
                     share.agree,
                     self._watchdog,
                 )
+                metrics |= found
             if len(self._evaluations) > 1:
                 say(describe(evaluation, metrics))
         return metrics
@@ -82,6 +85,24 @@ class Evaluator:
     def describe(self, metrics: Metrics) -> str:
         """All of it in words."""
         return "; ".join(filter(None, (describe(e, metrics) for e in self._evaluations)))
+
+    def best(self, metrics: Metrics) -> tuple[float, str] | None:
+        """The score of metrics in the first evaluation, and the suffix of whose it is."""
+        return best(self._evaluations[0], metrics)
+
+    def report(self, metrics: Metrics, folder: Path) -> None:
+        """Lets evaluations write more of the last one, of the better weights, into a folder.
+
+        What cannot be written is said, and ends nothing.
+        """
+        for evaluation in self._evaluations:
+            joined = self._joined.get(evaluation.name)
+            if evaluation.report is None or joined is None or places.in_bucket(folder):
+                continue
+            try:
+                evaluation.report(joined[best(evaluation, metrics)[1]], folder)
+            except (ImportError, UserError) as error:
+                warn(str(error))
 
     def _interrupted(self) -> bool:
         return self._stop.requested or self._watchdog.stalled
@@ -157,6 +178,7 @@ def evaluate_only(
     say(f"{said}; see {where / 'metrics.jsonl'}")
     if not cluster.is_first():
         return 0
+    evaluator.report(metrics, where)
     with contextlib.closing(MetricWriter(where)) as writer:
         writer.write(found.step or 0, found.epoch or 0.0, metrics, eval_only=True)
     return 0

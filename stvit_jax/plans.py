@@ -31,7 +31,7 @@ class Plans:
         """Those of a config.
 
         Raises:
-          UserError: the data set is smaller than a batch.
+          UserError: there is nothing to train on.
         """
         images, batch_size = len(task.train.source), config.batch_size
         order = Order(images, batch_size, config.group_size, config.data.repeats, config.seed)
@@ -53,7 +53,9 @@ class Plans:
             config.epochs,
             steps_per_epoch,
         )
-        tx = optimizer.adamw(learning_rate, config.weight_decay, config.gradient_clip)
+        tx = optimizer.adamw(
+            learning_rate, config.weight_decay, config.gradient_clip, task.multipliers
+        )
         return cls(order, plan, learning_rate, tx)
 
 

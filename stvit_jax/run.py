@@ -12,6 +12,7 @@ from stvit_jax.config import validate
 from stvit_jax.data.files import allow_many_open
 from stvit_jax.errors import UserError
 from stvit_jax.evaluator import Evaluator, evaluate_only
+from stvit_jax.following import as_weights_have_it
 from stvit_jax.trainer import Trainer
 from stvit_jax.training.signals import Stop
 from stvit_jax.training.task import Task
@@ -47,6 +48,8 @@ def run(
         places.reach(where)
         for path in filter(None, (config.init_from, config.teacher.init_from)):
             places.reach(places.of(path))
+    config = as_weights_have_it(config, where)
+    with cluster.together():
         mesh = parallel.make_mesh(config.batch_size, config.gradient_accumulation)
         task = tasks.build(config, mesh)
     _check_same_data(task)

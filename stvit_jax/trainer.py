@@ -55,7 +55,7 @@ class Trainer:
         stop: Stop,
         watchdog: Watchdog,
     ) -> None:
-        """Raises UserError where the data set is smaller than a batch."""
+        """Raises UserError where there is nothing to train on."""
         self._config, self._where, self._task, self._mesh = config, where, task, mesh
         self._evaluator, self._stop, self._watchdog = evaluator, stop, watchdog
         self._plans = Plans.of(config, task)
@@ -82,6 +82,7 @@ class Trainer:
             self._given = self._read_given(step)
             self._done = workdir.Evaluations(self._where)
             self._done.forget_after(step)
+            self._spare_best()
             evaluated = bool(cluster.told("yes" if self._done.of(step) is not None else ""))
             if step > self._plan.steps or (step == self._plan.steps and evaluated):
                 say(f"nothing left to do: {self._result(step)}")
@@ -100,6 +101,7 @@ class Trainer:
         if step < self._plan.steps or self._done.of(step) is None:
             say(f"stopped at step {step} of {self._plan.steps}, saved; the same command continues")
             return STOPPED
+        self._report(step)
         say(f"done: {self._result(step)}")
         return 0
 
@@ -117,6 +119,7 @@ class Trainer:
         self._watchdog.start()
         while True:
             try:
+                meter = Meter(self._plan, self._plans.learning_rate, self._writer, notes)
                 return loop.train(
                     state,
                     batches,
@@ -124,9 +127,9 @@ class Trainer:
                     plan=self._plan,
                     train_step=train_step,
                     key=key,
-                    evaluate=self._evaluate,
+                    evaluate=partial(self._evaluate, meter),
                     evaluated=evaluated,
-                    meter=Meter(self._plan, self._plans.learning_rate, self._writer, notes),
+                    meter=meter,
                     checkpoints=self._checkpoints,
                     stop=self._stop,
                     agree=share.agree,
@@ -170,13 +173,44 @@ class Trainer:
         stack.callback(batches.close)
         return share, batches
 
-    def _evaluate(self, step: int, state: TrainState) -> None:
+    def _evaluate(self, meter: Meter, step: int, state: TrainState) -> None:
         averaged = {AVERAGED: state.ema} if state.ema else {}
         metrics = self._evaluator({RAW: state.variables} | averaged)
         if self._writer:
             self._writer.write(step, self._plan.epoch(step), metrics)
         self._done.add(step, metrics)
         say(f"step {step}/{self._plan.steps}: {self._evaluator.describe(metrics)}")
+        if self._spare_best() == step:
+            self._checkpoints.save(step, state, meter.notes(step))
+
+    def _spare_best(self) -> int | None:
+        """Keeps the checkpoint of the best evaluation, where that is wanted; its step."""
+        if not self._config.checkpoint_best:
+            return None
+        scores = {step: self._evaluator.best(self._done.of(step)) for step in self._done.steps()}
+        if not any(scores.values()):
+            return None
+        best = max((s for s in scores if scores[s]), key=lambda step: scores[step][0])
+        self._checkpoints.spare(best)
+        score, suffix = scores[best]
+        if cluster.is_first():
+            record = {"step": best, "score": score, "ema": bool(suffix)}
+            try:
+                workdir.replace(self._where / workdir.BEST, json.dumps(record) + "\n")
+            except UserError as error:
+                warn(str(error))
+        return best
+
+    def _report(self, step: int) -> None:
+        """What is left for those who look at a run that is over."""
+        if cluster.is_first():
+            self._evaluator.report(self._done.of(step), self._where)
+        if (best := self._spare_best()) is not None:
+            score, suffix = self._evaluator.best(self._done.of(best))
+            say(
+                f"best: {score:.4f} at step {best}{', of the moving average' if suffix else ''}; "
+                f"its weights are {self._where / 'checkpoints' / str(best)}"
+            )
 
     def _go_back(self, found: NonFinite, notes: dict) -> tuple[TrainState, dict[str, Any]]:
         """The newest checkpoint's state, moved past the batches up to the loss that is not finite.

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "stvit_jax"
 GROUND = {"errors", "console", "trees", "parallel", "programs", "places", "cluster"}
-HALL = {"run", "trainer", "evaluator", "plans", "config", "command_line"}
+HALL = {"run", "following", "trainer", "evaluator", "plans", "config", "command_line"}
 LEAVES = {"schedules", "torch_weights"}  # of the door, without weight
 WINGS = {"ops", "models", "data", "augment", "checkpoints", "training", "tasks"}
 
@@ -21,7 +21,8 @@ ARROWS = {
     "cluster": {"errors", "console"},
     "config": {"errors", "places"},
     "command_line": {"config"} | GROUND,
-    "run": {"tasks", "trainer", "evaluator", "training", "data", "config"} | GROUND,
+    "following": {"evaluator", "training", "checkpoints"} | GROUND,
+    "run": {"tasks", "following", "trainer", "evaluator", "training", "data", "config"} | GROUND,
     "trainer": {"evaluator", "plans", "training", "checkpoints", "data", "config"}
     | {"models.settings"}
     | GROUND,
@@ -41,12 +42,21 @@ ARROWS = {
     "training": {"checkpoints.manager", "schedules"} | GROUND,
     "training.task": {"data.examples", "checkpoints.weights"},  # their types
     "training.signals": {"console"},  # before anything heavy is imported
-    "tasks": {"models", "data", "augment", "checkpoints.fit", "checkpoints.weights", "config"}
+    "tasks": {
+        "figures",
+        "models",
+        "data",
+        "augment",
+        "checkpoints.fit",
+        "checkpoints.weights",
+        "config",
+    }
     | {"schedules", "training.task"}
     | GROUND,
     "figures": {"errors", "places"},
     # Commands at the door, one thin file each; never `run`.
     "": {
+        "following",
         "figures",
         "ops",
         "tasks",
@@ -79,7 +89,7 @@ LIBRARIES = {
     **dict.fromkeys(("fsspec", "aiohttp", "gcsfs"), {"places"}),
     "optax": {"training", "tasks", "plans"},
     "ml_collections": {"config", "command_line", "tasks", "run", "contact_sheet"}
-    | {"trainer", "evaluator", "plans"},
+    | {"trainer", "evaluator", "plans", "following"},
     "absl": {"command_line", "data", "checkpoints"},
 }
 # Loader workers and command lines import these: no JAX when they are imported.

@@ -102,12 +102,11 @@ def test_mistakes_are_one_line(run, arguments: list[str], message: str) -> None:
     assert "\n" not in str(stopped.value) and "\\n" not in str(stopped.value)
 
 
-def test_a_set_too_small_and_a_folder_that_is_not_there(run, tmp_path: Path) -> None:
+def test_a_set_of_one_image_and_a_folder_that_is_not_there(run, tmp_path: Path) -> None:
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
         (tmp_path / split / "a" / "1.png").write_bytes(picture(1, form="PNG"))
     folder = ("--config.data.source=folder", f"--config.data.dir={tmp_path}")
-    with pytest.raises(UserError, match="1 positions, fewer than batch_size 18: add images"):
-        run("configs/digits.py", *folder)
+    run("configs/digits.py", *folder)
     with pytest.raises(UserError, match="nowhere does not exist: create it, or correct --output"):
         run("configs/digits.py", "--output", str(tmp_path / "nowhere" / "sheet.png"))

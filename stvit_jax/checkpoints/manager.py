@@ -52,6 +52,7 @@ class Checkpoints:
         """
         self._directory = places.of(directory)  # Orbax takes no relative path
         self._keep = keep
+        self._spared: list[int] = []  # Orbax looks at it at every save
         self._in_flight: int | None = None  # position of the save that is not yet checked
         self._failures = 0
         self._manager: ocp.CheckpointManager | None = None  # where it is written
@@ -60,6 +61,10 @@ class Checkpoints:
             with cluster.together():
                 self._begin()
             self._quiet = stack.pop_all()
+
+    def spare(self, position: int | None) -> None:
+        """Keeps the checkpoint of this position however old it becomes; and no other one."""
+        self._spared[:] = [] if position is None else [position]
 
     def save(self, position: int, state: PyTree, notes: dict[str, Any] | None = None) -> None:
         """Saves in the background; returns as soon as `state` may be donated or changed.
@@ -195,7 +200,7 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         self._remove_leftovers()
         with places.os_errors(self._directory):
-            return orbax.manager(self._directory, self._keep)
+            return orbax.manager(self._directory, self._keep, self._spared)
 
     def _probe(self) -> None:
         """Raises OSError where nothing can be written; what it writes has no name, so it leaves."""

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,21 @@ def checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
-def manager(directory: Path, keep: int) -> ocp.CheckpointManager:
-    """Saves `state` and `meta` in the background, and keeps the newest."""
+class _Spared(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the checkpoints of some steps, which may become others in the course of a run."""
+
+    def __init__(self, steps: list[int]) -> None:
+        self._steps = steps
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [checkpoint.step in self._steps for checkpoint in checkpoints]
+
+
+def manager(directory: Path, keep: int, spared: list[int]) -> ocp.CheckpointManager:
+    """Saves `state` and `meta` in the background, and keeps the newest, and those of `spared`."""
     # Orbax removes old ones only after the new one is committed.
-    policy = ocp.checkpoint_managers.LatestN(n=keep)
+    policies = ocp.checkpoint_managers
+    policy = policies.AnyPreservationPolicy([policies.LatestN(n=keep), _Spared(spared)])
     # Alone among several processes: where one fails, others would wait for it in Orbax's barriers.
     alone = ocp.options.MultiprocessingOptions(active_processes={0}) if cluster.joined() else None
     options = ocp.CheckpointManagerOptions(

@@ -32,7 +32,7 @@ class Order:
       seed: non-negative.
 
     Raises:
-      UserError: the data set is smaller than one batch, or groups do not divide the batch.
+      UserError: there is nothing in it, or groups do not divide the batch.
     """
 
     num_images: int
@@ -47,11 +47,8 @@ class Order:
                 f"group_size {self.group_size} does not divide batch_size {self.batch_size}: "
                 "change one of them"
             )
-        if self.steps_per_epoch == 0:
-            raise UserError(
-                f"an epoch of the data set has {self._kept} positions, fewer than batch_size "
-                f"{self.batch_size}: add images, or lower batch_size"
-            )
+        if not self.num_images:
+            raise UserError("there are no images to train on: add some")
 
     @property
     def _kept(self) -> int:
@@ -61,8 +58,11 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Full batches in an epoch; positions of a last partial batch are dropped."""
-        return self._kept // self.batch_size
+        """Full batches in an epoch; positions of a last partial batch are dropped.
+
+        Of a set that is smaller than a batch, one, which takes images again.
+        """
+        return max(1, self._kept // self.batch_size)
 
     @property
     def positions_per_epoch(self) -> int:
@@ -77,9 +77,10 @@ class Order:
         return (step * group_size + sample) * groups + group
 
     def images(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(index of the image, copy 0 .. repeats - 1) at `positions` of `epoch`, both int64."""
+        """(index of the image, copy from 0 on) at `positions` of `epoch`, both int64."""
         index, copy = np.divmod(np.asarray(positions, np.int64), self.repeats)
-        return permutation(self.num_images, self.seed, epoch)[index], copy
+        again, index = np.divmod(index, self.num_images)
+        return permutation(self.num_images, self.seed, epoch)[index], again * self.repeats + copy
 
 
 @functools.lru_cache(maxsize=2)  # a loader is in one epoch, or on the edge of two

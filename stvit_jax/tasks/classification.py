@@ -22,17 +22,18 @@ from stvit_jax.config import model_settings
 from stvit_jax.console import say, warn
 from stvit_jax.data import decode
 from stvit_jax.data.examples import Examples
-from stvit_jax.data.normalization import MEAN, STD, normalize
+from stvit_jax.data.normalization import MEAN, STD
 from stvit_jax.data.order import Order
 from stvit_jax.data.sources import open_source
 from stvit_jax.errors import UserError, listing
 from stvit_jax.models import fold
+from stvit_jax.models.depth import multipliers
 from stvit_jax.models.kernels import PLAIN, kernels_of
 from stvit_jax.models.settings import absent
 from stvit_jax.models.settings import images as input_of
 from stvit_jax.models.stvit import STViT, create_model
-from stvit_jax.tasks import distillation, robustness
-from stvit_jax.training.task import Batch, Evaluation, Metrics, Picture, Task, Variables
+from stvit_jax.tasks import accuracy, distillation, robustness
+from stvit_jax.training.task import Batch, Picture, Task, Variables
 
 Augment = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -60,7 +61,11 @@ def task(config: ConfigDict, mesh: Mesh) -> Task:
         source = open_split(train=False)
         classes = tuple(source.class_names)
         model = create(config, mesh, len(classes), f"{source.name} has")
-        evaluations = (evaluation(model, examples(config, source, len(classes), train=False)),)
+        evaluations = (
+            accuracy.evaluation(
+                model, examples(config, source, len(classes), train=False), classes
+            ),
+        )
     augment = partial(
         augment_batch,
         num_classes=model.num_classes,
@@ -78,6 +83,15 @@ def task(config: ConfigDict, mesh: Mesh) -> Task:
     if config.teacher.init_from and train is not None:
         criterion = distillation.criterion(config.teacher, cross_entropy)
         given = distillation.given(config.teacher, model, classes, prepared, adopt)
+    learning = partial(
+        multipliers,
+        depths=model.depths,
+        layer_decay=config.layer_decay,
+        freeze_stages=config.freeze_stages,
+        linear_probe=config.linear_probe,
+    )
+    frozen = config.freeze_stages > 0 or config.linear_probe
+    loss = objective(model, drop_path, config.freeze_batch_norm, criterion)
     return Task(
         what=config.model.name,
         kernels=model.kernels.describe(),
@@ -85,12 +99,13 @@ def task(config: ConfigDict, mesh: Mesh) -> Task:
         init=lambda key: model.lazy_init(key, input_of(model)),
         train=train,
         prepare=prepared,
-        objective=objective(model, drop_path, config.freeze_batch_norm, criterion),
+        objective=partly(loss, learning) if frozen else loss,
         evaluations=evaluations,
         adopt=partial(adopt, model, classes),
         fold=partial(fold.folded_variables, model),
         sheet=partial(sheet, augment, classes, config.label_smoothing),
         given=given,
+        multipliers=learning if frozen or config.layer_decay < 1 else None,
     )
 
 
@@ -217,69 +232,21 @@ def objective(
     return loss
 
 
-def evaluation(model: STViT, evaluated: Examples) -> Evaluation:
-    """Top-1, top-5 and loss on a labelled set."""
-    return Evaluation("eval", evaluated, partial(measure, model), add, partial(finish), describe)
+def partly(loss: Callable, learning: Callable[[Any], Any]) -> Callable:
+    """An objective whose frozen parameters have no gradient, so that none is computed.
 
-
-def measure(model: STViT, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
-    """Sums over a batch: hits, losses (of the readable), counts. Unreadable images are wrong."""
-    logits = fold.fitting(model, variables).apply(variables, normalize(batch["image"]))
-    readable = batch["unreadable"] == 0
-    valid = batch["mask"] & readable
-    _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
-    hits = (best == batch["label"][:, None]) & valid[:, None]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    return {
-        "count": jnp.sum(batch["mask"]),
-        "unreadable": jnp.sum(batch["mask"] & ~readable),
-        "top1": jnp.sum(hits[:, 0]),
-        "top5": jnp.sum(hits),
-        "loss": jnp.sum(jnp.where(valid, losses, 0)),
-    }
-
-
-def add(total: dict[str, float] | None, sums: dict[str, Any]) -> dict[str, float]:
-    """Joins sums by adding them."""
-    total = total or {}
-    return {key: total.get(key, 0.0) + float(value) for key, value in sums.items()}
-
-
-def finish(total: dict[str, float]) -> Metrics:
-    """Rates of the sums over a whole set.
-
-    Raises:
-      UserError: no image could be read, or the loss is not finite.
+    Args:
+      loss: as `Task.objective`.
+      learning: (parameters) to multipliers, 0 where they are frozen.
     """
-    count, unreadable = int(total["count"]), int(total["unreadable"])
-    if count == unreadable:
-        raise UserError(
-            f"none of the {count} images to evaluate on can be read, so there is no result: look "
-            "at the files"
-        )
-    loss = total["loss"] / (count - unreadable)
-    if not np.isfinite(loss):
-        raise UserError(
-            f"the loss of the evaluation is {loss}, so there is no result: the weights are not "
-            "finite, or too large for config.dtype"
-        )
-    return {
-        "top1": total["top1"] / count,
-        "top5": total["top5"] / count,
-        "loss": loss,
-        "count": count,
-        "unreadable": unreadable,
-    }
 
+    def of_the_rest(params: Any, *rest: Any) -> Any:
+        held = jax.tree.map(
+            lambda p, m: p if m else jax.lax.stop_gradient(p), params, learning(params)
+        )
+        return loss(held, *rest)
 
-def describe(metrics: Metrics) -> str:
-    """One line of evaluation metrics."""
-    unreadable = int(metrics["unreadable"])
-    broken = f", {unreadable} of them unreadable" if unreadable else ""
-    return (
-        f"top-1 {metrics['top1']:.4f} top-5 {metrics['top5']:.4f} loss {metrics['loss']:.4f} "
-        f"({int(metrics['count'])} images{broken})"
-    )
+    return of_the_rest
 
 
 def adopt(

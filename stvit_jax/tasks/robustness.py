@@ -78,6 +78,7 @@ def _evaluation(name: str, data_dir: str, image_size: int, measured: Callable) -
         append,
         partial(finish, score),
         partial(describe, name),
+        score="top1",
     )
 
 

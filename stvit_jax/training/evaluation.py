@@ -21,7 +21,7 @@ def evaluate(
     interrupted: Callable[[], bool],
     agree: Callable[[], None],
     watchdog: Watchdog,
-) -> Metrics:
+) -> tuple[Metrics, dict[str, Any]]:
     """Metrics of one or more sets of weights in one pass over the data.
 
     Args:
@@ -34,7 +34,7 @@ def evaluate(
       watchdog: is told of every batch.
 
     Returns:
-      `NAME/METRIC` for every suffix and metric.
+      `NAME/METRIC` for every suffix and metric; and what was joined, by suffix.
 
     Raises:
       Interrupted: it was ended early; nothing is known then.
@@ -58,11 +58,22 @@ def evaluate(
         watchdog.at(f"the data of {evaluation.examples.source.name} after {seen} of {size} images")
     _join(evaluation, joined, waiting)
     agree()
-    return {
+    metrics = {
         f"{evaluation.name}{suffix}/{key}": value
         for suffix, total in joined.items()
         for key, value in evaluation.finish(total).items()
     }
+    return metrics, joined
+
+
+def best(evaluation: Evaluation, metrics: Metrics) -> tuple[float, str] | None:
+    """The higher score of raw and averaged weights, and the suffix of whose it is."""
+    found = [
+        (metrics[key], suffix)
+        for suffix in (AVERAGED, RAW)  # of equals the raw ones
+        if (key := f"{evaluation.name}{suffix}/{evaluation.score}") in metrics
+    ]
+    return max(found, default=None)
 
 
 def describe(evaluation: Evaluation, metrics: Metrics) -> str:

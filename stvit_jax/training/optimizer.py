@@ -1,5 +1,6 @@
 """AdamW with the published parameter groups, and the moving average of the weights."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,10 @@ from stvit_jax.schedules import Schedule
 
 
 def adamw(
-    learning_rate: Schedule, weight_decay: float, gradient_clip: float = 0.0
+    learning_rate: Schedule,
+    weight_decay: float,
+    gradient_clip: float = 0.0,
+    multipliers: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
     """Decoupled AdamW: betas 0.9 0.999, eps 1e-8, decay where `decay_mask` says.
 
@@ -18,8 +22,13 @@ def adamw(
       weight_decay: its factor.
       gradient_clip: the largest global norm of a gradient, longer ones are scaled to it; 0: none,
         as published, and then the state is AdamW's alone.
+      multipliers: (parameters) to what the learning rate of each is multiplied with, in its decay,
+        too; None: all alike.
     """
     tx = optax.adamw(learning_rate, weight_decay=weight_decay, mask=decay_mask)
+    if multipliers:
+        own = optax.stateless(lambda u, p: jax.tree.map(lambda x, m: x * m, u, multipliers(p)))
+        tx = optax.chain(tx, own)
     return optax.chain(optax.clip_by_global_norm(gradient_clip), tx) if gradient_clip else tx
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -45,6 +46,8 @@ class Evaluation:
         add, rows append, confusion matrices add.
       finish: of everything joined, the metrics; `count` and `unreadable` always among them.
       describe: the metrics in words, for the console.
+      score: the metric that tells the better of two weights, larger is better.
+      report: (everything joined, folder) writes more of it there, at the end of a run.
     """
 
     name: str
@@ -53,6 +56,8 @@ class Evaluation:
     join: Callable[[Any, Tree], Any]
     finish: Callable[[Any], Metrics]
     describe: Callable[[Metrics], str]
+    score: str
+    report: Callable[[Any, Path], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +101,7 @@ class Task:
         trained with them, and `measure` of all evaluations takes either.
       sheet: (batch, key of `prepare`) to one row of pictures an example: how training sees it.
       given: what else training needs, or None.
+      multipliers: (parameters) to what the learning rate of each is multiplied with; None: 1.
     """
 
     what: str
@@ -110,3 +116,4 @@ class Task:
     fold: Callable[[Variables], Variables]
     sheet: Callable[[dict[str, np.ndarray], jax.Array], list[list[Picture]]]
     given: Given | None = None
+    multipliers: Callable[[Tree], Tree] | None = None

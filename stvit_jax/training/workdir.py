@@ -1,8 +1,8 @@
 """The folder of a run: what lies in it beside checkpoints and logs, and how it is written.
 
 `config.json`: the recipe; `classes.json`: what the labels mean; `given.json`: what else training
-takes, as digests; `evaluations.json`: what has been
-evaluated, by step. Files are replaced whole: whoever reads one, at any moment, reads all of it.
+learns from; `evaluations.json`: what has been evaluated, by step; `best.json`: the best of it,
+where its checkpoint is kept. Files are replaced whole: whoever reads one reads all of it.
 The folder may be one in a bucket, see `places`.
 """
 
@@ -21,7 +21,7 @@ from stvit_jax.console import warn
 from stvit_jax.errors import UserError, one_line, reason
 
 CONFIG, CLASSES, EVALUATIONS = "config.json", "classes.json", "evaluations.json"
-GIVEN = "given.json"
+GIVEN, BEST = "given.json", "best.json"
 SHARED_WITHIN = 15  # seconds: file systems of networks show what is new a little later
 
 
@@ -166,6 +166,10 @@ class Evaluations:
     def of(self, step: int) -> dict[str, float] | None:
         """The metrics of a step, if it has been evaluated."""
         return self._by_step.get(str(step))
+
+    def steps(self) -> list[int]:
+        """The steps that have been evaluated, in order."""
+        return sorted(map(int, self._by_step))
 
     def forget_after(self, step: int) -> None:
         """What a run that goes on after `step` will do again."""

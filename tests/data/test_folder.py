@@ -83,13 +83,66 @@ def test_a_folder_without_the_layout(folders: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["valid", "validation", "test", "Val", "dev"])
-def test_other_names_of_val_are_to_be_changed(folders: Path, name: str) -> None:
+def test_other_names_of_val_are_taken_and_said(folders: Path, name: str, capsys) -> None:
     (folders / "val").rename(folders / name)
-    words = (
-        f"val does not exist (there: {', '.join(sorted([name + '/', 'train/']))}): rename {name}"
-    )
-    assert words in refusal(folders, train=False)
+    line = f"there is no val/ in {folders}: {name}/ is evaluated on"
+    assert said(capsys, folders, train=False) == [line]
     assert len(open_source("folder", "", str(folders), train=True)) == 3  # nothing is held out
+    write_images(folders / "testing", {"a/1.png": 5})
+    assert said(capsys, folders, train=False) == [f"{line} (not on testing/)"]
+    assert open_source("folder", "", str(folders), train=False).root == str(folders / name)
+
+
+def test_class_folders_alone(folders: Path, capsys) -> None:
+    """Directly in data.dir: a part is held out."""
+    root = folders / "train"
+    write_images(root, {f"a/{i}.png": 5 for i in range(40)})
+    alone = root.rename(folders / "pictures")
+    line = f"{alone}/val does not exist: a tenth of {alone} is held out to evaluate on"
+    lines = said(capsys, alone, train=True)
+    assert line in lines
+    parts = [open_source("folder", "", str(alone), train=split) for split in (True, False)]
+    assert parts[0].class_names == parts[1].class_names == ("a", "b")
+    files = [{part.where(i) for i in range(len(part))} for part in parts]
+    assert files[0] and files[1] and not files[0] & files[1]
+    assert files[0] | files[1] == {str(p) for p in alone.rglob("*.png")}
+
+
+def test_flat_pictures_with_a_list(folders: Path, capsys) -> None:
+    """Those of tiny-imagenet, of ImageNet's competition, and a plain one."""
+    shutil.rmtree(folders / "val")
+    (folders / "train" / "a" / "images").mkdir()
+    for path in (folders / "train" / "a").glob("*.png"):
+        path.rename(folders / "train" / "a" / "images" / path.name)
+    train = open_source("folder", "", str(folders), train=True)
+    assert [x["label"] for x in train] == [0, 1, 1] and "/a/images/" in train.where(0)
+    write_images(folders / "val", {f"images/{i}.JPEG": i for i in range(3)})
+    flat = folders / "val"
+    assert "no list says what its images show" in refusal(folders, train=False)
+    contents = {
+        flat / "val_annotations.txt": "0.JPEG\tb\t0\t0\t9\t9\n2.JPEG\ta\t0\t0\t9\t9\n",
+        folders
+        / "LOC_val_solution.csv": "ImageId,PredictionString\n2,a 1 2 3 4 a 1 2 3 4\n0,b 1 2\n",
+        folders / "val.txt": "val/0.JPEG 1\n\nimages/2.JPEG a\n",
+    }
+    for path, text in contents.items():
+        path.write_text(text)
+        assert said(capsys, folders, train=False) == [
+            f"{flat} has no class folders: {path} says what its 2 images show"
+        ]
+        val = open_source("folder", "", str(folders), train=False)
+        assert [x["label"] for x in val] == [1, 0] and val.class_names == ("a", "b")
+        assert [val.where(i) for i in range(2)] == [f"{flat}/images/{i}.JPEG" for i in (0, 2)]
+        path.unlink()
+    for text, message in (
+        ("0.JPEG c\n", "entry 1: 'c' is no class folder of train/ (a, b)"),
+        ("0.JPEG 2\n", "entry 1: '2' is no class"),
+        ("0.JPEG a\n7.JPEG a\n", f"entry 2: there is no 7.JPEG in {flat}"),
+        ("0.JPEG\n", "is no list of pictures and classes"),
+        ("\n", "lists no pictures"),
+    ):
+        (folders / "val.txt").write_text(text)
+        assert message in refusal(folders, train=False)
 
 
 def test_classes_of_train_and_val(folders: Path, capsys: pytest.CaptureFixture) -> None:

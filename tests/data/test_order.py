@@ -88,11 +88,21 @@ def test_random_choices_depend_on_every_part_of_the_key() -> None:
     assert image_rng(11, 4, 5, 2).bit_generator.random_raw(3).tolist() == raw
 
 
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_set_smaller_than_a_batch_is_taken_again(repeats: int) -> None:
+    """Alike as far as it goes, and no draw twice."""
+    order = Order(5, 16, repeats=repeats)
+    assert (order.steps_per_epoch, order.positions_per_epoch) == (1, 16)
+    index, copy = order.images(4, order.positions(0, np.arange(16)))
+    counts = np.bincount(index, minlength=5)
+    assert counts.sum() == 16 and counts.max() - counts.min() <= repeats
+    assert len(set(zip(index.tolist(), copy.tolist(), strict=True))) == 16
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((100, 128, 0, 3), "lower batch_size"),
-        ((300, 260, 0, 3), "256 positions"),
+        ((0, 128, 0, 3), "no images to train on"),
         ((1000, 96, 64, 3), "group_size 64 does not divide batch_size 96"),
     ],
 )

@@ -8,8 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+import stvit_jax
 from stvit_jax import torch_weights
+from stvit_jax.models.depth import multipliers
 from stvit_jax.training import optimizer
+from stvit_jax.trees import leaves
 
 
 @pytest.mark.parametrize("name", ["stvit_small", "stvit_base", "stvit_large"])
@@ -83,3 +86,45 @@ def test_learning_rate_follows_the_schedule_and_scales_the_decay():
     updates, _ = tx.update(grads, state, params)  # equal gradients: m / sqrt(v) is 1
     np.testing.assert_allclose(updates["bias"], [-0.1], rtol=1e-7)
     np.testing.assert_allclose(updates["kernel"], [-0.1 - 0.1 * 0.5 * 2], rtol=1e-7)
+
+
+def test_layers_learn_slower_the_earlier_they_are(random_variables):
+    model = stvit_jax.create_model("stvit_tiny")  # of 1, 2, 2 and 1 blocks
+    params = random_variables(model)["params"]
+    found = leaves(multipliers(params, model.depths, layer_decay=0.5))
+    expected = {
+        "patch_embed/proj_0/kernel": 0.5**7,
+        "layers_0/blocks_0/norm1/scale": 0.5**6,
+        "layers_0/downsample/proj_0/kernel": 0.5**6,
+        "layers_1/blocks_0/attn/qkv/kernel": 0.5**5,
+        "layers_1/blocks_1/mlp2/fc1/bias": 0.5**4,
+        "layers_1/downsample/proj_1/bias": 0.5**4,
+        "layers_3/blocks_0/pos_embed/bias": 0.5,
+        "proj/kernel": 1.0,
+        "norm/scale": 1.0,
+        "head/bias": 1.0,
+    }
+    assert expected.items() <= found.items()
+    frozen = leaves(multipliers(params, model.depths, freeze_stages=1))
+    assert {n for n, m in frozen.items() if m == 0} == {
+        n for n in frozen if n.startswith(("patch_embed/", "layers_0/"))
+    }
+    probe = leaves(multipliers(params, model.depths, linear_probe=True, layer_decay=0.5))
+    assert {n: m for n, m in probe.items() if m} == {"head/kernel": 1.0, "head/bias": 1.0}
+
+
+def test_multipliers_scale_steps_and_decay():
+    params = {
+        "a": {"kernel": jnp.ones(3)},
+        "b": {"kernel": jnp.ones(3)},
+        "c": {"bias": jnp.ones(1)},
+    }
+    grads = jax.tree.map(lambda x: 0.3 * x, params)
+    of = {"a": {"kernel": 0.25}, "b": {"kernel": 0.0}, "c": {"bias": 1.0}}
+    updates = []
+    for rates in (None, lambda params: of):
+        tx = optimizer.adamw(lambda step: 0.1, 0.05, multipliers=rates)
+        updates.append(tx.update(grads, tx.init(params), params)[0])
+    jax.tree.map(
+        lambda plain, own, m: np.testing.assert_allclose(own, plain * m, rtol=1e-6), *updates, of
+    )

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 import stvit_jax
 from stvit_jax.augment import augment_batch
-from stvit_jax.tasks import classification
+from stvit_jax.tasks import accuracy, classification
 from stvit_jax.training import optimizer
 from stvit_jax.training import step as training
 from stvit_jax.training.gradients import at_once
@@ -205,7 +205,7 @@ def test_evaluation_counts_masked_images_and_unreadable_ones_as_wrong(
     rank = ranks[np.arange(16), batch["label"]]
     mask, readable = np.arange(16) < 13, np.arange(16) != 4
     unreadable = jnp.asarray(~readable, jnp.int32)
-    sums = jax.jit(partial(classification.measure, model))(
+    sums = jax.jit(partial(accuracy.measure, model))(
         variables, batch | {"mask": jnp.asarray(mask), "unreadable": unreadable}
     )
     valid = mask & readable

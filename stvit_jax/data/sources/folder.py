@@ -1,8 +1,12 @@
-"""Class folders under `train/` and `val/`.
+"""Class folders under `train/` and `val/`, and the other layouts that people have.
+
+    train/CLASS/..., val/CLASS/...      val may be called valid, validation or test
+    train/CLASS/..., or CLASS/...       a tenth is held out to evaluate on
+    train/CLASS/..., val/..., a list    `lists` says which ones
 
 The classes are the folders of `train/`, by name, or by number where all names are numbers (as in
-ImageNet-V2's folders). Without `val/` a tenth of the images is held out: which ones, their names
-decide, so that more images later change nothing about those that are there.
+ImageNet-V2's folders). Which images are held out, their names decide, so that more images later
+change nothing about those that are there.
 """
 
 import dataclasses
@@ -14,13 +18,13 @@ import numpy as np
 
 from stvit_jax.console import Progress, say
 from stvit_jax.data import files
-from stvit_jax.data.sources import Source
+from stvit_jax.data.sources import Source, lists
 from stvit_jax.data.sources.scan import SUFFIXES, LeftOut, class_folders, images
 from stvit_jax.errors import UserError, listing, one_line
 
 LAYOUT = "data.source=folder needs data.dir with class folders under train/ and val/"
-# What people call the folder to evaluate on, in lower case.
-LIKE_VAL = {"val", "valid", "validation", "test", "testing", "eval", "evaluation", "dev"}
+# What people call the folder to evaluate on, in lower case; the first that is there is taken.
+LIKE_VAL = ("val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")
 HELD_OUT = 10  # every how many-th image
 
 
@@ -34,12 +38,14 @@ class FolderSource(Source):
       names: file names within their class folders, as bytes, sorted by class and name (one compact
         array: ImageNet's are 40 MB, and every loader process gets a copy).
       labels: int32, by image.
+      flat: whether the images lie in `root` itself.
     """
 
     class_names: tuple[str, ...]
     root: str
     names: np.ndarray
     labels: np.ndarray
+    flat: bool = False
 
     @property
     def name(self) -> str:
@@ -57,23 +63,60 @@ class FolderSource(Source):
             raise files.fault(path, error) from error
 
     def where(self, index: int) -> str:
-        folder = self.class_names[self.labels[index]]
+        folder = "" if self.flat else self.class_names[self.labels[index]]
         return os.path.join(self.root, folder, os.fsdecode(self.names[index]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the splits lie.
+
+    Attributes:
+      train: the folder of the class folders to train on.
+      val: that to evaluate on; None: a part of `train` is held out.
+    """
+
+    train: str
+    val: str | None
+
+
+def layout_of(data_dir: str, *, train: bool) -> Layout:
+    """The layout of a folder of a user.
+
+    Raises:
+      UserError: it has none that is known, or not the split that is asked for.
+    """
+    there = _folders(data_dir)
+    train_root = os.path.join(data_dir, "train")
+    like_val = sorted(
+        (name for name in there if name.lower() in LIKE_VAL),
+        key=lambda name: LIKE_VAL.index(name.lower()),
+    )
+    val_root = os.path.join(data_dir, like_val[0]) if like_val else None
+    if "train" not in there and (train or not like_val):
+        if like_val or not _holds_classes(data_dir, there):
+            split = "train" if train else "val"
+            missing = os.path.join(data_dir, split)
+            raise UserError(f"{missing} does not exist {_instead(data_dir, there, train)}")
+        train_root = data_dir
+    if val_root and like_val[0] != "val":
+        more = f" (not on {listing(f'{name}/' for name in like_val[1:])})" if like_val[1:] else ""
+        _say_once(f"there is no val/ in {data_dir}: {like_val[0]}/ is evaluated on{more}")
+    return Layout(train_root, val_root)
 
 
 def open_folder(data_dir: str, *, train: bool) -> FolderSource:
     """As `open_source`."""
-    there = _folders(data_dir)
-    train_root, val_root = os.path.join(data_dir, "train"), os.path.join(data_dir, "val")
-    like_val = [name for name in there if name.lower() in LIKE_VAL]
-    hold_out = "train" in there and not like_val
-    if ("train" if train else "val") not in there and not hold_out:
-        missing = train_root if train else val_root
-        raise UserError(f"{missing} does not exist {_instead(data_dir, there, train)}")
-    root = train_root if train or hold_out else val_root
+    layout = layout_of(data_dir, train=train)
+    hold_out = layout.val is None
+    root = layout.train if train or hold_out else layout.val
     left_out = LeftOut()
     folders = class_folders(root, left_out)
-    classes = _in_order(folders if root == train_root or "train" not in there else _of(train_root))
+    with_train = os.path.isdir(layout.train)
+    classes = _in_order(folders if root == layout.train or not with_train else _of(layout.train))
+    flat = root == layout.val and with_train and not set(folders) - {"images"}
+    if flat and (lists.find(root) or left_out or folders):
+        return _listed(root, classes, left_out)
     if not classes:
         loose = f" (left out: {left_out})" if left_out else ""
         raise UserError(
@@ -81,7 +124,7 @@ def open_folder(data_dir: str, *, train: bool) -> FolderSource:
         )
     if new := sorted(set(folders) - set(classes)):
         raise UserError(
-            f"{root} has classes that {train_root} does not have ({listing(new)}): make their "
+            f"{root} has classes that {layout.train} does not have ({listing(new)}): make their "
             "class folders the same"
         )
 
@@ -103,13 +146,36 @@ def open_folder(data_dir: str, *, train: bool) -> FolderSource:
     if left_out:
         _say_once(f"left out in {root}: {left_out}")
     if hold_out:
-        _say_once(f"{val_root} does not exist: a tenth of {train_root} is held out to evaluate on")
+        val = os.path.join(data_dir, "val")
+        _say_once(f"{val} does not exist: a tenth of {root} is held out to evaluate on")
     if empty:
         where = "the held-out tenth" if hold_out else root
         _say_once(
             f"{where} has no images of {len(empty)} of {len(classes)} classes: {listing(empty)}"
         )
     return FolderSource(tuple(classes), root, np.array(names), np.concatenate(labels))
+
+
+def _listed(root: str, classes: list[str], left_out: LeftOut) -> FolderSource:
+    """A flat folder to evaluate on."""
+    if (path := lists.find(root)) is None:
+        loose = f" (left out: {left_out})" if left_out else ""
+        raise UserError(
+            f"{root} has no class folders{loose}, and no list says what its images show: put one "
+            f"folder of images per class there, or {os.path.dirname(root)}/val.txt with a line "
+            "`path label` for each image"
+        )
+    rows = lists.read(path, root, classes)
+    _say_once(f"{root} has no class folders: {path} says what its {len(rows)} images show")
+    labels = np.array([label for _, label in rows], np.int32)
+    return FolderSource(tuple(classes), root, np.array([name for name, _ in rows]), labels, True)
+
+
+def _holds_classes(data_dir: str, there: list[str]) -> bool:
+    """Whether a folder is one of class folders itself."""
+    if os.path.basename(os.path.abspath(data_dir)) in ("train", "val") or not there:
+        return False
+    return all(images(data_dir, name, LeftOut()) for name in there)
 
 
 def _folders(data_dir: str) -> list[str]:

@@ -35,6 +35,11 @@ class LeftOut:
         self._count[kind] += 1
         self._first.setdefault(kind, path)
 
+    def merge(self, other: "LeftOut") -> None:
+        """All of another account."""
+        self._count.update(other._count)
+        self._first = other._first | self._first
+
     def __bool__(self) -> bool:
         return bool(self._count)
 
@@ -71,9 +76,22 @@ def class_folders(root: str, left_out: LeftOut) -> list[str]:
 def images(root: str, folder: str, left_out: LeftOut) -> list[bytes]:
     """Names of the images in a class folder of `root`, sorted.
 
+    Where all that it holds of them is a folder `images/`, as in tiny-imagenet, those in there.
+
     Raises:
       UserError: it cannot be read.
     """
+    deeper = os.path.join(folder, "images")
+    if not os.path.isdir(os.path.join(root, deeper)):
+        return _images(root, folder, left_out)
+    own = LeftOut()
+    if found := _images(root, folder, own):
+        left_out.merge(own)
+        return found
+    return [os.path.join(b"images", name) for name in _images(root, deeper, left_out)]
+
+
+def _images(root: str, folder: str, left_out: LeftOut) -> list[bytes]:
     found = []
     for entry in _entries(os.path.join(root, folder)):
         suffix = os.path.splitext(entry.name)[1].lower()
