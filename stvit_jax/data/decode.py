@@ -88,8 +88,8 @@ def eval_image(data: bytes, image_size: int) -> np.ndarray:
         raise UserError(f"image_size is {one_line(image_size)}: give a positive number of pixels")
     pixels = decode_rgb(data)
     height, width = pixels.shape[:2]
-    short = int(256 / 224 * image_size) if image_size <= 224 else image_size
-    if image_size <= SMALL_SIZE:
+    short = short_side(image_size)
+    if short is None:
         size = (image_size, image_size)
     elif width <= height:
         size = (short * height // width, short)
@@ -101,6 +101,13 @@ def eval_image(data: bytes, image_size: int) -> np.ndarray:
         top, left = (round((length - image_size) / 2) for length in size)
         return np.asarray(image.crop((left, top, left + image_size, top + image_size)))
     return _resize_and_crop(pixels, size, image_size)
+
+
+def short_side(image_size: int) -> int | None:
+    """What `eval_image` resizes the short side to, in pixels; None: all becomes the square."""
+    if image_size <= SMALL_SIZE:
+        return None
+    return int(256 / 224 * image_size) if image_size <= 224 else image_size
 
 
 def train_image(data: bytes, image_size: int, rng: np.random.Generator, flip: bool) -> np.ndarray:
