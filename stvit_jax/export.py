@@ -2,10 +2,11 @@
 
     python -m stvit_jax.export --weights PATH --output FILE
 
-FILE, which is not there yet, is a program of `jax.export` for CPU, NVIDIA GPU and TPU. It takes
-uint8 crops (B, S, S, 3), RGB, any number of them; weights and normalisation are inside, and the
-file says how pictures become crops, and what the classes are. `examples/run_exported.py` runs one.
-PATH is of any form that `init_from` takes.
+FILE, which is not there yet, is a program of `jax.export` for CPU, NVIDIA GPU and TPU, or, where it
+ends in .onnx, an ONNX model (`pip install jax2onnx onnxruntime`). It takes uint8 crops (B, S, S,
+3), RGB, any number of them; weights and normalisation are inside, and the file says how pictures
+become crops, and what the classes are. `examples/run_exported.py` runs the first. PATH is of any
+form that `init_from` takes.
 """
 
 import os
@@ -21,7 +22,7 @@ from stvit_jax.checkpoints.trained import load_trained
 from stvit_jax.console import say
 from stvit_jax.errors import UserError, reason
 from stvit_jax.inference import classifier
-from stvit_jax.portable import program
+from stvit_jax.portable import onnx_file, program
 from stvit_jax.portable.metadata import metadata
 
 TOLERANCE = 1e-4  # of the largest logit, in float32
@@ -47,9 +48,10 @@ def export(weights: str, output: Path, *, ema: bool = False, image_size: int | N
     size = image_size or trained.image_size
     logits, variables = classifier(trained)
     constants = jax.tree.map(np.asarray, variables)
-    content = program.dumps(lambda images: logits(constants, images), size, metadata(trained, size))
+    form = onnx_file if output.suffix.lower() == ".onnx" else program
+    content = form.dumps(lambda images: logits(constants, images), size, metadata(trained, size))
     network = jax.jit(logits)
-    far = _compare(program.loads(content), lambda images: network(variables, images), size)
+    far = _compare(form.loads(content), lambda images: network(variables, images), size)
     with files.replaced(output) as file:
         file.write(content)
     megabytes = len(content) / 1e6

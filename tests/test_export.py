@@ -34,7 +34,9 @@ SIZE = 48
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory, random_variables: Callable) -> Path:
     """A file of a narrow network of seven classes, for pictures of 48 pixels."""
-    model = stvit_jax.create_model("stvit_small", num_classes=len(NAMES), **NARROW_SETTINGS)
+    model = stvit_jax.create_model(
+        "stvit_small", num_classes=len(NAMES), **NARROW_SETTINGS | {"depths": (1, 2, 1, 1)}
+    )
     settings = {"name": "stvit_small"} | {field: getattr(model, field) for field in SETTINGS}
     path = tmp_path_factory.mktemp("network") / "narrow.safetensors"
     found = weights.Weights(
@@ -135,6 +137,29 @@ def test_the_example_in_an_environment_of_jax_numpy_and_pillow(
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_example_agrees(done.stdout, network, pictures, capsys)
+
+
+def test_an_onnx_model_by_onnxruntime(network: Path, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("jax2onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    output = tmp_path / "narrow.onnx"
+    export.main(["--weights", str(network), "--output", str(output)])
+    session = runtime.InferenceSession(output, providers=["CPUExecutionProvider"])
+    properties = session.get_modelmeta().custom_metadata_map
+    assert json.loads(properties["classes"]) == list(NAMES)
+    assert json.loads(properties["preprocessing"])["centre_crop"] == SIZE
+    trained = load_trained(network)
+    images = np.random.default_rng(2).integers(0, 256, (5, SIZE, SIZE, 3), np.uint8)
+    expected = np.asarray(jax.jit(trained.model.apply)(trained.variables, normalize(images)))
+    (logits,) = session.run(None, {"images": images})
+    assert np.ptp(expected) > 0.1
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_onnx_without_its_package_names_it(network: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    with pytest.raises(UserError, match="pip install jax2onnx onnxruntime"):
+        export.main(["--weights", str(network), "--output", str(tmp_path / "x.onnx")])
 
 
 def test_a_small_picture_is_resized_whole(network: Path, tmp_path: Path, capsys) -> None:
