@@ -1,4 +1,4 @@
-"""Runs a network that `python -m stvit_jax.export` wrote; needs jax, numpy and pillow, no more.
+"""Runs a network that `python -m stvit_jax.export` wrote; needs jax, flatbuffers, numpy and pillow.
 
 python run_exported.py NETWORK IMAGE ...
 """

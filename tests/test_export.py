@@ -130,7 +130,8 @@ def test_the_example_in_an_environment_of_jax_numpy_and_pillow(
 ) -> None:
     venv.create(tmp_path / "own", with_pip=True)
     python = tmp_path / "own" / "bin" / "python"
-    wanted = [f"{name}=={metadata.version(name)}" for name in ("jax", "numpy", "pillow")]
+    names = ("jax", "flatbuffers", "numpy", "pillow")
+    wanted = [f"{name}=={metadata.version(name)}" for name in names]
     subprocess.run([python, "-m", "pip", "install", "-q", *wanted], check=True)
     environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
     command = [python, EXAMPLE, exported, *pictures]
