@@ -1,17 +1,21 @@
 """Fine-tuning on one's own class folders, from trained weights of any form.
 
-    python train.py --config configs/finetune.py --workdir runs/mine \\
-        --config.data.dir=MY_FOLDER --config.init_from=WEIGHTS
+    python train.py --config configs/finetune.py --workdir W --config.data.dir=DIR --config.init_from=F
 
-The network, its settings and the size of the pictures are those of WEIGHTS; classes are the folders
-of MY_FOLDER/train. docs/finetuning.md has the layouts that are known.
+The network, its settings and the size of the pictures are those of the weights F; classes are the
+folders of DIR/train. docs/finetuning.md has the layouts that are known.
 
 Short, and the same for fifty pictures and for fifty thousand: statistics of BatchNorm stay those of
-WEIGHTS, so that batches may be small and odd; early layers learn slower than late ones; no mixup.
+F, so that batches may be small and odd; early layers learn slower than late ones; no mixup.
 The best evaluation's checkpoint is kept, and at the end there are `confusion.png` and
 `per_class.json`. With thousands of pictures fewer epochs do: --config.epochs=10.
 
-RESULTS
+Digits turned by a quarter, 20 of each to train on and 30 to evaluate, from `runs/digits`:
+
+| learned | hardware | time | top-1 raw | top-1 EMA |
+| --- | --- | --- | --- | --- |
+| all | 2 CPU cores, busy | 3.5 minutes | 68.3 | 65.7 |
+| `linear_probe` | 2 CPU cores, busy | 2 minutes | 34.0 | 30.3 |
 """
 
 from ml_collections import ConfigDict

@@ -69,7 +69,7 @@ def draw(runs: dict[str, dict[str, tuple[list[float], list[float]]]]) -> Any:
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         for i, (name, run) in enumerate(runs.items()):
-            for key in keys.keys() & run.keys():
+            for key in filter(run.__contains__, keys):
                 label = f"{name}, moving average" if key.startswith(AVERAGED) else name
                 few = "." if len(run[key][0]) < 40 else ""
                 axes.plot(*run[key], keys[key], marker=few, color=f"C{i}", label=label, lw=1.4)
@@ -100,7 +100,7 @@ def _lines(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < math.inf  # not NaN; an int of any length
 
 
 def main(argv: Sequence[str] | None = None) -> None:

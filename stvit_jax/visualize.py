@@ -41,13 +41,13 @@ class Block:
       name: "stage 1, block 2".
       size: height and width of its map.
       association: (hh, ww, s*s, 9), or None where every pixel is a token.
-      attention: (heads, N, N).
+      attention: (heads, N, N), of the last block of a stage; None of the others, where it is large.
     """
 
     name: str
     size: tuple[int, int]
     association: jax.Array | None
-    attention: jax.Array
+    attention: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,11 @@ def look(trained: Trained, image: np.ndarray) -> list[list[Block]]:
 
     def sown(variables: Any, image: jax.Array) -> Any:
         how = {"method": "feature_maps", "mutable": ["intermediates"]}
-        return trained.model.apply(variables, normalize(image[None]), **how)[1]["intermediates"]
+        sown = trained.model.apply(variables, normalize(image[None]), **how)[1]["intermediates"]
+        for i, depth in enumerate(trained.model.depths):
+            for j in range(depth - 1):
+                del sown[f"layers_{i}"][f"blocks_{j}"]["attn"]["attention"]
+        return sown
 
     of_stages = jax.jit(sown)(trained.variables, image)
     stages = []
@@ -82,7 +86,7 @@ def look(trained: Trained, image: np.ndarray) -> list[list[Block]]:
                     f"stage {i + 1}, block {j + 1}",
                     size,
                     block["association"][0][0] if "association" in block else None,
-                    block["attention"][0][0],
+                    block["attention"][0][0] if "attention" in block else None,
                 )
                 for j, block in enumerate(blocks)
             ]
@@ -110,8 +114,8 @@ def panels(stages: list[list[Block]], image: np.ndarray, at: tuple[int, int]) ->
         where = _scaled(at, image, last.size)
         if sampling:
             weights = np.asarray(maps.row(last.association, *where))
-            strongest = np.argsort(-weights)[:STRONGEST]
-            soft = np.asarray(maps.memberships(last.association, strongest, *last.size))
+            strongest = [t for t in np.argsort(-weights)[:STRONGEST] if weights[t] > 0]
+            soft = np.asarray(maps.memberships(last.association, np.array(strongest), *last.size))
             row += [
                 Panel(f"its {_ORDINALS[n]} super token\nweight {weights[token]:.2f}", soft[n])
                 for n, token in enumerate(strongest)

@@ -69,6 +69,11 @@ def crop_share(image_size: int) -> float:
     return 224 / 256 if SMALL_SIZE < image_size <= 224 else 1.0
 
 
+def short_side(image_size: int) -> int | None:
+    """What an image's short side is resized to before the crop; None: all of it to the square."""
+    return None if image_size <= SMALL_SIZE else int(image_size / crop_share(image_size))
+
+
 def eval_image(data: bytes, image_size: int) -> np.ndarray:
     """Decode an image and cut the evaluation crop.
 
@@ -93,8 +98,8 @@ def eval_image(data: bytes, image_size: int) -> np.ndarray:
         raise UserError(f"image_size is {one_line(image_size)}: give a positive number of pixels")
     pixels = decode_rgb(data)
     height, width = pixels.shape[:2]
-    short = int(image_size / crop_share(image_size))
-    if image_size <= SMALL_SIZE:
+    short = short_side(image_size)
+    if short is None:
         size = (image_size, image_size)
     elif width <= height:
         size = (short * height // width, short)

@@ -215,7 +215,7 @@ class HeadProjections(nn.Module):
             y = product(x, kernel, self.several_devices)
             return (y if bias is None else plus(y, bias, self.several_devices)), None
         kernels = jnp.moveaxis(kernel.reshape(c, h, 3, c // h), 2, 0).reshape(3, c, c)
-        q, k, v = (product(x, kernel, self.several_devices) for kernel in kernels)
+        q, k, v = (product(x, kernels[i], self.several_devices) for i in range(3))
         if bias is not None:
             bias = jnp.moveaxis(bias.reshape(h, 3, c // h), 1, 0).reshape(3, c)
             q, bias = plus(q, bias[0], self.several_devices), bias[2]

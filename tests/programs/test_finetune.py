@@ -1,4 +1,4 @@
-"""Fine-tuning on somebody's folder, as they start it: few pictures, of odd sizes, one class rare."""
+"""Fine-tuning on a folder, as people start it: few pictures, of odd sizes, one class rare."""
 
 import json
 from pathlib import Path

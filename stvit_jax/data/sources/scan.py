@@ -94,21 +94,53 @@ def images(root: str, folder: str, left_out: LeftOut) -> list[bytes]:
 def _images(root: str, folder: str, left_out: LeftOut) -> list[bytes]:
     found = []
     for entry in _entries(os.path.join(root, folder)):
-        suffix = os.path.splitext(entry.name)[1].lower()
         path = os.path.join(folder, entry.name)
-        if is_hidden(entry.name):
-            left_out.add("hidden or made by the system", path)
-        elif (kind := _kind(entry)) == "folder":
-            left_out.add("folders inside of class folders", path)
-        elif kind != "file":
-            left_out.add(f"{kind}s", path)
-        elif suffix in SUFFIXES or (not suffix and _starts_as_image(entry.path)):
+        kind = _kept(entry)
+        if kind == "image":
             found.append(os.fsencode(entry.name))
-        elif suffix:
-            left_out.add(f"files of suffix {suffix[:12]}", path)
         else:
-            left_out.add("files without suffix that are no images", path)
+            left_out.add("folders inside of class folders" if kind == "folder" else kind, path)
     return sorted(found)
+
+
+def images_below(root: str, left_out: LeftOut) -> list[str]:
+    """Paths of the images in a folder and in those inside it, in the order of their names.
+
+    A folder that a link leads to a second time, round in a circle say, is entered once.
+
+    Raises:
+      UserError: a folder cannot be read.
+    """
+    found: list[str] = []
+    entered: set[str] = set()
+
+    def enter(folder: str) -> None:
+        if (real := os.path.realpath(folder)) in entered:
+            return
+        entered.add(real)
+        for entry in sorted(_entries(folder), key=lambda entry: entry.name):
+            kind = _kept(entry)
+            if kind == "image":
+                found.append(entry.path)
+            elif kind == "folder":
+                enter(entry.path)
+            else:
+                left_out.add(kind, os.path.relpath(entry.path, root))
+
+    enter(root)
+    return found
+
+
+def _kept(entry: os.DirEntry) -> str:
+    """`image`, `folder`, or else the kind of what is left out, in the plural."""
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if is_hidden(entry.name):
+        return "hidden or made by the system"
+    if (kind := _kind(entry)) != "file":
+        return kind if kind == "folder" else f"{kind}s"
+    if suffix in SUFFIXES or (not suffix and _starts_as_image(entry.path)):
+        return "image"
+    return f"files of suffix {suffix[:12]}" if suffix else "files without suffix that are no images"
 
 
 def _entries(folder: str) -> list[os.DirEntry]:
