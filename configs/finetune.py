@@ -1,9 +1,10 @@
 """Fine-tuning on one's own class folders, from trained weights of any form.
 
-    python train.py --config configs/finetune.py --workdir W --config.data.dir=DIR --config.init_from=F
+    python train.py --config configs/finetune.py --workdir W --config.data.dir=D
+        --config.init_from=F
 
 The network, its settings and the size of the pictures are those of the weights F; classes are the
-folders of DIR/train. docs/finetuning.md has the layouts that are known.
+folders of D/train. docs/finetuning.md has the layouts that are known.
 
 Short, and the same for fifty pictures and for fifty thousand: statistics of BatchNorm stay those of
 F, so that batches may be small and odd; early layers learn slower than late ones; no mixup.
