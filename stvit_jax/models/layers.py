@@ -40,6 +40,24 @@ def truncated_normal(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> ja
     return 0.02 * jax.random.truncated_normal(key, -100.0, 100.0, shape, dtype)
 
 
+def kept_rows(
+    key: jax.Array, rows: jax.Array, keep: jax.Array, shape: tuple[int, ...] = ()
+) -> jax.Array:
+    """What dropping multiplies with: 0, or 1 / `keep` with probability `keep`.
+
+    Args:
+      key: of this layer's draws.
+      rows: integers (B,): an image draws by its number, so that a batch in parts draws alike.
+      keep: a probability, of a dtype of at least float32.
+      shape: of an image's draws.
+
+    Returns:
+      (B, *shape), in the dtype of `keep`.
+    """
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+    return jax.vmap(lambda key: jax.random.bernoulli(key, keep, shape))(keys) / keep
+
+
 def _scale_and_bias(norm: nn.Module, c: int) -> tuple[jax.Array, jax.Array]:
     """The parameters of a norm of `c` channels."""
     scale = norm.param("scale", nn.initializers.ones, (c,), norm.param_dtype)

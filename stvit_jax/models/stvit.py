@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from stvit_jax.errors import UserError, did_you_mean, kind_of, listing, one_line
 from stvit_jax.models import checks
 from stvit_jax.models.kernels import PLAIN, Kernels, kernels_of
-from stvit_jax.models.layers import Dtype, Layers
+from stvit_jax.models.layers import Dtype, Layers, kept_rows
 from stvit_jax.ops import attention, super_tokens
 from stvit_jax.ops.gelu import gelu
 from stvit_jax.ops.precision import wide
@@ -195,9 +195,8 @@ class Block(nn.Module):
         if not train or (isinstance(rate, (int, float)) and rate == 0):
             return y
         keep = 1 - jnp.asarray(rate, wide(y.dtype))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("dropout"), rows)
-        mask = jax.vmap(lambda key: jax.random.bernoulli(key, keep))(keys)
-        return y * (mask / keep).astype(y.dtype)[:, None, None, None]
+        mask = kept_rows(self.make_rng("dropout"), rows, keep)
+        return y * mask.astype(y.dtype)[:, None, None, None]
 
 
 class Stage(nn.Module):
