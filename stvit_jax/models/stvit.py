@@ -234,8 +234,9 @@ class STViT(nn.Module):
     `dtype` is the compute dtype; parameters are float32, or float64 with it. `group_size` is the
     number of images that share BatchNorm statistics in training (0: the whole batch). The blocks of
     the stages `remat` are computed again in the backward pass, which takes less memory. `kernels`:
-    "auto" takes those of JAX's default device, "plain" XLA's alone. `folded` is the network for
-    inference that `fold_batch_norm` makes, and is set by nothing else.
+    "auto" takes those of JAX's default device, "plain" XLA's alone. `freeze_bn`: training, too,
+    uses the running statistics of BatchNorm, and keeps them and its parameters. `folded` is the
+    network for inference that `fold_batch_norm` makes, and is set by nothing else.
     """
 
     embed_dim: Sequence[int]
@@ -255,6 +256,7 @@ class STViT(nn.Module):
     group_size: int = 0
     remat: Sequence[int] = ()
     kernels: str | Kernels = "auto"
+    freeze_bn: bool = False
     folded: bool = False
 
     def setup(self) -> None:
@@ -262,7 +264,7 @@ class STViT(nn.Module):
         kernels = self.kernels
         if isinstance(kernels, str):
             kernels = PLAIN if kernels == "plain" else kernels_of(self.dtype)
-        make = Layers(self.dtype, self.group_size, kernels, self.folded)
+        make = Layers(self.dtype, self.group_size, kernels, self.folded, self.freeze_bn)
         self.patch_embed = PatchEmbed(make, self.embed_dim[0])
         self.layers = [
             Stage(
