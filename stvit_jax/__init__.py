@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "UserError": "errors",
     "create_model": "models.stvit",
+    "create_segmenter": "models.segmenter",
     "fold_batch_norm": "models.fold",
     "from_pretrained": "checkpoints.pretrained",
     "list_models": "models.stvit",
@@ -23,6 +24,7 @@ __all__ = [
     "UserError",
     "augment",
     "create_model",
+    "create_segmenter",
     "data",
     "fold_batch_norm",
     "from_pretrained",
@@ -40,6 +42,7 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from stvit_jax.checkpoints.pretrained import from_pretrained, save_pretrained
     from stvit_jax.errors import UserError
     from stvit_jax.models.fold import fold_batch_norm
+    from stvit_jax.models.segmenter import create_segmenter
     from stvit_jax.models.stvit import create_model, list_models
 
 

@@ -29,7 +29,9 @@ ARROWS = {
     "evaluator": {"training", "checkpoints", "data"} | GROUND,
     "plans": {"training", "data", "schedules"} | GROUND,
     "schedules": GROUND,
-    "torch_weights": GROUND,
+    "torch_weights": {"torch_heads", "torch_rules"} | GROUND,
+    "torch_heads": {"torch_rules"},
+    "torch_rules": GROUND,
     "ops": GROUND,
     "models": {"ops"} | GROUND,
     "data": GROUND,
@@ -86,7 +88,8 @@ LIBRARIES = {
     "absl": {"command_line", "data", "checkpoints"},
 }
 # Loader workers and command lines import these: no JAX when they are imported.
-LIGHT = GROUND | {"config", "command_line", "data", "training.signals", "torch_weights"}
+LIGHT = GROUND | {"config", "command_line", "data", "training.signals"}
+LIGHT |= {"torch_weights", "torch_heads", "torch_rules"}
 
 
 def rooms() -> Iterator[tuple[str, Path]]:

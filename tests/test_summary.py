@@ -6,6 +6,7 @@ import pytest
 
 import stvit_jax
 from stvit_jax import command_line, summary
+from stvit_jax.errors import UserError
 
 TABLE = {  # parameters, GMACs at 224, at 384
     "stvit_small": (25_495_624, 4.367, 14.156),
@@ -24,6 +25,46 @@ def test_parameters_and_macs(name):
         assert total[2] / 1e9 == pytest.approx(expected, rel=1e-3)
 
 
+SEGMENTERS = {  # head, backbone, norms, auxiliary, neck and FPN head
+    "stvit_small": (29_711_510, 23_943_264, 2_048, 776_342, 2_623_488 + 1_643_158),
+    "stvit_base": (29_793_430, 50_138_928, 2_368, 923_798, 2_664_448 + 1_643_158),
+    "stvit_large": (30_678_166, 93_287_664, 2_752, 1_071_254, 2_713_600 + 1_643_158),
+}
+HEADS_GMACS = {"stvit_small": (210.6, 842.4), "stvit_base": (211.1, 844.2)}
+HEADS_GMACS["stvit_large"] = (211.2, 844.9)
+WIDE = (512, 2048)
+BACKBONES = {  # GMACs by cell sizes: at 512 x 512, at 512 x 2048
+    "stvit_small": {(8, 4, 1, 1): (27.7, 187.1), (16, 8, 2, 1): (19.3, 84.1)},
+    "stvit_base": {(8, 4, 1, 1): (60.9, 386.1), (16, 8, 2, 1): (44.0, 189.4)},
+    "stvit_large": {(8, 4, 1, 1): (96.3, 610.1), (16, 8, 2, 1): (68.1, 293.9)},
+}
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_segmenters(name):
+    head, backbone, norms, auxiliary, fpn = SEGMENTERS[name]
+    model = stvit_jax.create_segmenter("upernet", name)
+    rows = {row[0]: row[1] for row in summary.summarize(model, 512)}
+    stages = sum(count for part, count in rows.items() if part.startswith("st"))
+    assert stages == backbone
+    assert (rows["norms"], rows["upernet"], rows["auxiliary"]) == (norms, head, auxiliary)
+    assert rows["total"] == head + backbone + norms
+    model = stvit_jax.create_segmenter("fpn", name)
+    rows = {row[0]: row[1] for row in summary.summarize(model, 512)}
+    assert rows["fpn"] == fpn and rows["total"] == fpn + backbone + norms
+
+    for cells, expected in BACKBONES[name].items():
+        model = stvit_jax.create_segmenter("upernet", name, stoken_size=cells)
+        for size, of_head, of_backbone in zip(
+            (512, WIDE), HEADS_GMACS[name], expected, strict=True
+        ):
+            macs = {row[0]: row[2] / 1e9 for row in summary.summarize(model, size)}
+            assert round(macs["upernet"], 1) == of_head
+            stages = sum(value for part, value in macs.items() if part.startswith("st"))
+            assert round(stages, 1) == of_backbone
+            assert macs["total"] == pytest.approx(macs["upernet"] + stages)
+
+
 def test_command_prints_total_first_then_stem_to_head(capsys):
     summary.main(["stvit_small"])
     lines = capsys.readouterr().out.splitlines()[2:]
@@ -33,6 +74,17 @@ def test_command_prints_total_first_then_stem_to_head(capsys):
         *(f"stage {i}" for i in (1, 2, 3, 4)),
         "head",
     ]
+
+
+def test_command_takes_segmenters_and_two_sides(capsys):
+    summary.main(["fpn:stvit_tiny", "--image-size", "64", "96"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "fpn:stvit_tiny at 64 x 96"
+    assert lines[-1].startswith("fpn ") and lines[-2].startswith("norms ")
+    with pytest.raises(UserError, match="unknown head 'fpm'; did you mean 'fpn'"):
+        summary.main(["fpm:stvit_tiny"])
+    with pytest.raises(UserError, match="--image-size is 1 2 3"):
+        summary.main(["stvit_tiny", "--image-size", "1", "2", "3"])
 
 
 def test_unknown_name_is_one_line(capsys):

@@ -68,7 +68,10 @@ _ONE: dict[str, _Rule] = {
     "num_classes": (_whole, lambda value: value >= 0, "a whole number, 0 for no classifier"),
     "features_only": _FLAG,
     "in_chans": _AT_LEAST_1,
+    "channels": (_whole, lambda value: value >= 2, "a whole number, at least 2"),
+    "dropout": (_number, lambda value: 0 <= value < 1, "a number in [0, 1)"),
     "dtype": (_dtype, lambda value: True, f"one of {', '.join(_DTYPES)}"),
+    "freeze_bn": _FLAG,
     "group_size": (_whole, lambda value: value >= 0, "a whole number, 0 for the whole batch"),
     "kernels": (
         _kernels,
@@ -94,7 +97,7 @@ def setting(field: str, value: Any) -> Any:
     """The value of one setting, as plain Python has it (a dtype as NumPy has it).
 
     Args:
-      field: a field of `STViT`.
+      field: a field of `STViT` or `Segmenter`.
       value: what the user gave.
 
     Raises:

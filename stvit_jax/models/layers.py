@@ -40,6 +40,24 @@ def truncated_normal(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> ja
     return 0.02 * jax.random.truncated_normal(key, -100.0, 100.0, shape, dtype)
 
 
+def kept_rows(
+    key: jax.Array, rows: jax.Array, keep: jax.Array, shape: tuple[int, ...] = ()
+) -> jax.Array:
+    """What dropping multiplies with: 0, or 1 / `keep` with probability `keep`.
+
+    Args:
+      key: of this layer's draws.
+      rows: integers (B,): an image draws by its number, so that a batch in parts draws alike.
+      keep: a probability, of a dtype of at least float32.
+      shape: of an image's draws.
+
+    Returns:
+      (B, *shape), in the dtype of `keep`.
+    """
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+    return jax.vmap(lambda key: jax.random.bernoulli(key, keep, shape))(keys) / keep
+
+
 def _scale_and_bias(norm: nn.Module, c: int) -> tuple[jax.Array, jax.Array]:
     """The parameters of a norm of `c` channels."""
     scale = norm.param("scale", nn.initializers.ones, (c,), norm.param_dtype)
@@ -51,12 +69,14 @@ class BatchNorm(nn.Module):
 
     Flax's own takes the biased variance into the running statistics and knows no groups. A group
     is `group_size` consecutive images (0: the whole batch); groups that lie within one device need
-    no communication to normalise. eps 1e-5, momentum 0.9.
+    no communication to normalise. eps 1e-5, momentum 0.9. `frozen`: training, too, normalises by
+    the running statistics and keeps them and the parameters.
     """
 
     group_size: int
     dtype: Dtype
     param_dtype: Dtype
+    frozen: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -70,7 +90,9 @@ class BatchNorm(nn.Module):
 
         # Deviations from the running mean: they keep the one-pass variance free of cancellation.
         x = x.astype(wide(x.dtype)) - mean.value
-        if not train:
+        if self.frozen:
+            scale, bias = jax.lax.stop_gradient((scale, bias))
+        if self.frozen or not train:
             return (x * (jax.lax.rsqrt(var.value + EPSILON) * scale) + bias).astype(self.dtype)
 
         groups = x.reshape(-1, self.group_size or x.shape[0], *x.shape[1:])  # (G, b, H, W, C)
@@ -239,13 +261,14 @@ class Layers:
     """Makes every layer of one network: dtypes, initialisers and norms are stated here only.
 
     `name` is that of the layer in the variables; None where the caller's attribute names it.
-    `folded`: the layers of the network that `fold.py` makes.
+    `folded`: the layers of the network that `fold.py` makes. `freeze_bn`: see `BatchNorm`.
     """
 
     dtype: Dtype
     group_size: int
     kernels: Kernels = PLAIN
     folded: bool = False
+    freeze_bn: bool = False
 
     @property
     def param_dtype(self) -> Dtype:
@@ -290,12 +313,13 @@ class Layers:
         """A depthwise 3x3 convolution with its residual."""
         return ResidualDepthwise(self.param_dtype, self.kernels, self.folded, name=name)
 
-    def layer_norm(self, name: str) -> LayerNorm:
+    def layer_norm(self, name: str | None) -> LayerNorm:
         """LayerNorm over the channels, eps 1e-6."""
         return LayerNorm(self.param_dtype, name=name)
 
     def batch_norm(self, name: str | None, foldable: bool = True) -> Callable[..., jax.Array]:
         """BatchNorm per group of images; `foldable`: into the linear layer before or after it."""
         if not self.folded:
-            return BatchNorm(self.group_size, self.dtype, self.param_dtype, name=name)
+            how = (self.group_size, self.dtype, self.param_dtype, self.freeze_bn)
+            return BatchNorm(*how, name=name)
         return folded_away if foldable else ScaleShift(self.dtype, self.param_dtype, name=name)

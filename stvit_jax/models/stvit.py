@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from stvit_jax.errors import UserError, did_you_mean, kind_of, listing, one_line
 from stvit_jax.models import checks
 from stvit_jax.models.kernels import PLAIN, Kernels, kernels_of
-from stvit_jax.models.layers import Dtype, Layers
+from stvit_jax.models.layers import Dtype, Layers, kept_rows
 from stvit_jax.ops import attention, super_tokens
 from stvit_jax.ops.gelu import gelu
 from stvit_jax.ops.precision import wide
@@ -195,9 +195,8 @@ class Block(nn.Module):
         if not train or (isinstance(rate, (int, float)) and rate == 0):
             return y
         keep = 1 - jnp.asarray(rate, wide(y.dtype))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("dropout"), rows)
-        mask = jax.vmap(lambda key: jax.random.bernoulli(key, keep))(keys)
-        return y * (mask / keep).astype(y.dtype)[:, None, None, None]
+        mask = kept_rows(self.make_rng("dropout"), rows, keep)
+        return y * mask.astype(y.dtype)[:, None, None, None]
 
 
 class Stage(nn.Module):
@@ -235,9 +234,10 @@ class STViT(nn.Module):
     `dtype` is the compute dtype; parameters are float32, or float64 with it. `group_size` is the
     number of images that share BatchNorm statistics in training (0: the whole batch). The blocks of
     the stages `remat` are computed again in the backward pass, which takes less memory. `kernels`:
-    "auto" takes those of JAX's default device, "plain" XLA's alone. With `num_classes` 0 there is
-    no classifier, and the network gives the pooled vector; with `features_only` there is nothing
-    after the stages, and it gives their maps. `folded` is the network for inference that
+    "auto" takes those of JAX's default device, "plain" XLA's alone. `freeze_bn`: training, too,
+    uses the running statistics of BatchNorm, and keeps them and its parameters. With `num_classes`
+    0 there is no classifier, and the network gives the pooled vector; with `features_only` there is
+    nothing after the stages, and it gives their maps. `folded` is the network for inference that
     `fold_batch_norm` makes, and is set by nothing else.
     """
 
@@ -259,6 +259,7 @@ class STViT(nn.Module):
     remat: Sequence[int] = ()
     kernels: str | Kernels = "auto"
     features_only: bool = False
+    freeze_bn: bool = False
     folded: bool = False
 
     def setup(self) -> None:
@@ -266,7 +267,7 @@ class STViT(nn.Module):
         kernels = self.kernels
         if isinstance(kernels, str):
             kernels = PLAIN if kernels == "plain" else kernels_of(self.dtype)
-        make = Layers(self.dtype, self.group_size, kernels, self.folded)
+        make = Layers(self.dtype, self.group_size, kernels, self.folded, self.freeze_bn)
         self.patch_embed = PatchEmbed(make, self.embed_dim[0])
         self.layers = [
             Stage(

@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 
 from stvit_jax.ops import attention_tpu
 from stvit_jax.ops.partition import by_image
-from stvit_jax.ops.precision import wide_einsum
+from stvit_jax.ops.precision import wide, wide_einsum
 
 _TPU_TOKENS = 1024  # whose logits, in float32, fit in the chip
+_LOGITS = 1024**2  # of a head: the most that are stored at once
 
 
 def weights(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -38,8 +39,27 @@ def attended(attention: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention of q, k, v (B, N, h, d) each, in plain XLA: (B, N, h, d)."""
-    return attended(weights(q, k), v)
+    """Attention of q, k, v (B, N, h, d) each, in plain XLA: (B, N, h, d).
+
+    Of more than 1,024 tokens the logits are never stored whole: queries come in parts, one after
+    the other, and the backward pass computes each part's again.
+    """
+    n = q.shape[1]
+    if n**2 <= _LOGITS:
+        return attended(weights(q, k), v)
+    parts = -(-(n**2) // _LOGITS)
+    size = -(-n // parts)
+    padded = jnp.pad(q, ((0, 0), (0, parts * size - n), (0, 0), (0, 0)))
+    queries = jnp.moveaxis(padded.reshape(q.shape[0], parts, size, *q.shape[2:]), 1, 0)
+    # Their gradients are sums over the parts: in float32, whatever the dtype.
+    keys, values = (x.astype(wide(x.dtype)) for x in (k, v))
+
+    @jax.checkpoint
+    def attend(part: jax.Array) -> jax.Array:
+        return attended(weights(part, keys.astype(k.dtype)), values.astype(v.dtype))
+
+    y = jnp.moveaxis(jax.lax.map(attend, queries), 0, 1)  # (B, parts, size, h, d)
+    return y.reshape(padded.shape)[:, :n]
 
 
 def cudnn_takes(x: jax.Array, heads: int) -> bool:

@@ -79,7 +79,7 @@ REFUSED = {
     "kernels": ("mosaic_gpu", None, 1, ("plain", "plain")),
     "remat": (0, "0", (-1,), (1.0,), (True,), None),
     "layerscale": (True, "0011", [None] * 4, [0, 0, 2, 2], [0.5] * 4, None),
-    "qkv_bias": ("False", None, 2, 1.0, [True]),
+    **dict.fromkeys(("qkv_bias", "freeze_bn"), ("False", None, 2, 1.0, [True])),
     "mlp_ratio": ("4", None, 0, -1, float("nan"), float("inf"), True, [4], 10**400),
     "init_values": ("1e-6", None, float("nan"), [1e-6]),
     "drop_path_rate": ("0.1", None, 1, -0.1, float("nan"), [0.1]),

@@ -35,6 +35,28 @@ def test_values_and_gradients(dtype, tolerance):
     np.testing.assert_array_equal(attention.attended(weights, values[2]), y)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float64, 1e-12), (jnp.bfloat16, 2e-2)])
+def test_many_tokens_are_attended_to_in_parts(dtype, tolerance, monkeypatch):
+    """The same values and gradients, and no array of all logits, in either direction."""
+    monkeypatch.setattr(attention, "_LOGITS", 100)  # of 23 tokens: parts of 4, the last padded
+    n, values = 23, numbers(dtype, n=23)
+    exact, exact_back = jax.vjp(formula, *(v.astype(jnp.float64) for v in values))
+
+    def both(values, dy):
+        y, back = jax.vjp(attention.plain, *values)
+        return [y, *back(dy)]
+
+    dy = jnp.cos(jnp.arange(exact.size)).reshape(exact.shape).astype(dtype)
+    expected = [exact, *exact_back(dy.astype(jnp.float64))]
+    for ours, theirs in zip(jax.jit(both)(values, dy), expected, strict=True):
+        assert ours.dtype == dtype
+        error = np.linalg.norm(np.asarray(ours, np.float64) - theirs)
+        assert error <= tolerance * np.linalg.norm(theirs)
+    assert f"{n},{n}]" not in str(jax.make_jaxpr(both)(values, dy))
+    assert f"{n},{n}]" in str(jax.make_jaxpr(formula)(*values))
+
+
 def test_what_kernels_take():
     """Heads of whole registers; on a TPU as many tokens as fit in the chip."""
     for takes in (attention.cudnn_takes, attention.tpu_takes):

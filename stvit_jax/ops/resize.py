@@ -1,0 +1,108 @@
+"""Maps of other sizes, by the rules of PyTorch's `interpolate` and `AdaptiveAvgPool2d`.
+
+`bilinear` takes pixel centres as they are (align_corners=False) and never averages when it shrinks
+a map (no antialias, which `jax.image.resize` has by default). Maps narrower than float32 are
+computed in float32, and the result is rounded once.
+
+Shapes: B images, H x W pixels, C channels.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stvit_jax.ops.precision import wide
+
+Size = tuple[int, int]
+
+
+def bilinear(x: jax.Array, size: Size) -> jax.Array:
+    """Interpolates between the two nearest rows and columns; at the border the outermost counts.
+
+    An axis that grows by a whole number is a sum of shifted maps, one for every place between two
+    pixels: its gradient is one, too, where that of a gather would be a scatter. Any other ratio is
+    a product with a matrix of two numbers a row.
+
+    Args:
+      x: (B, H, W, C), of floats.
+      size: height and width to take it to, any.
+
+    Returns:
+      (B, *size, C), in the dtype of x.
+    """
+    y = x.astype(wide(x.dtype))
+    for axis, n_out in zip((1, 2), size, strict=True):
+        n_in = y.shape[axis]
+        if n_out == n_in:
+            continue
+        if n_out % n_in == 0:
+            y = _enlarged(y, axis, n_out // n_in)
+        else:
+            y = _along(y, axis, _interpolation(n_in, n_out))
+    return y.astype(x.dtype)
+
+
+def nearest(x: jax.Array, size: Size) -> jax.Array:
+    """Takes pixel floor(i n_in / n_out) for pixel i of an axis, (B, H, W, C) to (B, *size, C).
+
+    The ratio and its multiples are float32, as PyTorch has them: a pixel on the border between two
+    may be either one's, and some that are not just below it are the upper one's.
+    """
+    for axis, n_out in zip((1, 2), size, strict=True):
+        n_in = x.shape[axis]
+        if n_out != n_in:
+            scale = np.float32(n_in) / np.float32(n_out)
+            index = np.floor(np.arange(n_out, dtype=np.float32) * scale).astype(np.int32)
+            index = np.minimum(index, n_in - 1)
+            x = jnp.take(x, index, axis, indices_are_sorted=True, mode="clip")
+    return x
+
+
+def adaptive_average_pool(x: jax.Array, bins: int) -> jax.Array:
+    """Means of `bins` x `bins` parts of (B, H, W, C), which overlap where the size is no multiple.
+
+    Part i of an axis of n pixels is [floor(i n / bins), ceil((i + 1) n / bins)); n may be less than
+    `bins`.
+    """
+    y = x.astype(wide(x.dtype))
+    for axis in (1, 2):
+        n = x.shape[axis]
+        matrix = np.zeros((bins, n))
+        for i in range(bins):
+            start, stop = i * n // bins, -(-(i + 1) * n // bins)
+            matrix[i, start:stop] = 1 / (stop - start)
+        y = _along(y, axis, matrix)
+    return y.astype(x.dtype)
+
+
+def _enlarged(x: jax.Array, axis: int, ratio: int) -> jax.Array:
+    """X with `ratio` pixels along an axis for each of its own."""
+    n = x.shape[axis]
+
+    def part(start: int, stop: int) -> jax.Array:
+        return jax.lax.slice_in_dim(x, start, stop, axis=axis)
+
+    before = jnp.concatenate([part(0, 1), part(0, n - 1)], axis)
+    after = jnp.concatenate([part(1, n), part(n - 1, n)], axis)
+    offsets = [(j + 0.5) / ratio - 0.5 for j in range(ratio)]
+    placed = [x * (1 - abs(d)) + (before if d < 0 else after) * abs(d) for d in offsets]
+    shape = (*x.shape[:axis], n * ratio, *x.shape[axis + 1 :])
+    return jnp.stack(placed, axis + 1).reshape(shape)
+
+
+def _interpolation(n_in: int, n_out: int) -> np.ndarray:
+    """(n_out, n_in): what each pixel in has of each pixel out."""
+    at = np.maximum((np.arange(n_out) + 0.5) * n_in / n_out - 0.5, 0)
+    below = np.minimum(np.floor(at).astype(int), n_in - 1)
+    above = np.minimum(below + 1, n_in - 1)
+    matrix = np.zeros((n_out, n_in))
+    rows = np.arange(n_out)
+    matrix[rows, below] += 1 - (at - below)
+    matrix[rows, above] += at - below
+    return matrix
+
+
+def _along(x: jax.Array, axis: int, matrix: np.ndarray) -> jax.Array:
+    """The product of `matrix` (O, I) and axis 1 or 2 of x, of I pixels."""
+    subscripts = "oh,bhwc->bowc" if axis == 1 else "ow,bhwc->bhoc"
+    return jnp.einsum(subscripts, jnp.asarray(matrix, x.dtype), x, precision="highest")

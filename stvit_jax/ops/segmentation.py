@@ -1,0 +1,83 @@
+"""What is computed of classes of pixels: the loss, and the counts behind mIoU.
+
+By the rules of mmsegmentation 1.2.2, that all papers' numbers come from.
+
+Shapes: B images, H x W pixels, K classes.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stvit_jax.ops.precision import wide
+
+IGNORED = 255  # the label of pixels that are of no class
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, mean_of_labelled: bool = False
+) -> jax.Array:
+    """The pixels' mean cross-entropy, a scalar in at least float32.
+
+    Args:
+      logits: (B, H, W, K), at the labels' size.
+      labels: integers (B, H, W), classes or `IGNORED`, which has no loss.
+      mean_of_labelled: the sum is divided by the number of pixels that are not ignored; by default
+        by that of all, as in the papers' runs.
+    """
+    logits = logits.astype(wide(logits.dtype))
+    kept = labels != IGNORED
+    index = jnp.where(kept, labels, 0).astype(jnp.int32)[..., None]
+    target = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
+    loss = jnp.where(kept, jax.nn.logsumexp(logits, axis=-1) - target, 0)
+    pixels = jnp.sum(kept) if mean_of_labelled else labels.size
+    return jnp.sum(loss) / (pixels + jnp.finfo(jnp.float32).eps)
+
+
+def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The share of pixels that are right, of those that are not ignored; arguments as above."""
+    kept = labels != IGNORED
+    right = kept & (jnp.argmax(logits, axis=-1) == labels)
+    return jnp.sum(right) / (jnp.sum(kept) + jnp.finfo(jnp.float32).eps)
+
+
+def confusion(predicted: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
+    """Exact counts of pixels by label and prediction.
+
+    Args:
+      predicted: integers, any shape, in 0 to K - 1.
+      labels: integers, likewise, or `IGNORED`, which counts nowhere.
+      classes: K.
+
+    Returns:
+      (K, K) int32, rows by label: fewer than 2**31 pixels at once. More are added up on the host.
+    """
+    index = labels.astype(jnp.int32) * classes + predicted.astype(jnp.int32)
+    index = jnp.where(labels == IGNORED, classes**2, index)
+    counts = jnp.zeros(classes**2, jnp.int32).at[index.ravel()].add(1, mode="drop")
+    return counts.reshape(classes, classes)
+
+
+def scores(counts: np.ndarray) -> dict[str, float]:
+    """The measures of a whole set, 0 to 1; on the host.
+
+    Args:
+      counts: (K, K) integers: the sum of `confusion` over the set.
+
+    Returns:
+      `miou`, the mean of intersection / union over the classes that are labelled or predicted
+      anywhere; `aacc`, the share of pixels that are right; `macc`, the mean of that share over the
+      classes that are labelled. Not a number where there is nothing to divide by.
+    """
+    counts = np.asarray(counts, np.int64)
+    right, labelled, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
+    union = labelled + predicted - right
+    return {
+        "miou": _mean(right[union > 0] / union[union > 0]),
+        "aacc": float(right.sum() / labelled.sum()) if labelled.any() else float("nan"),
+        "macc": _mean(right[labelled > 0] / labelled[labelled > 0]),
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else float("nan")
