@@ -55,8 +55,17 @@ def environment(tmp_path_factory) -> dict[str, str]:
     return os.environ | own
 
 
+@pytest.fixture(scope="session")
+def first_run(tmp_path_factory, environment) -> Path:
+    """The run that getting started ends with, and other pages begin with."""
+    folder = tmp_path_factory.mktemp("first") / "digits"
+    text = f"cd {ROOT} && python train.py --config configs/digits.py --workdir {folder}"
+    run(f"{text} --config.steps=2", folder.parent, environment)
+    return folder
+
+
 @pytest.fixture
-def reader(tmp_path: Path, environment, request) -> Path:
+def reader(tmp_path: Path, request) -> Path:
     """What somebody has who reads: a checkout, pictures, and what pages before have left."""
     for entry in ROOT.iterdir():
         if entry.name not in (".git", "runs", "docs", "tests"):
@@ -70,11 +79,7 @@ def reader(tmp_path: Path, environment, request) -> Path:
                 image = Image.fromarray((digits.images[i] / 16 * 255).astype(np.uint8))
                 image.resize(sizes.integers(20, 60, 2)).save(folder / f"{i}.jpg")
     if request.node.callspec.params["page"] in ("finetuning", "weights", "using"):
-        run(
-            followed("python train.py --config configs/digits.py --workdir runs/digits"),
-            tmp_path,
-            environment,
-        )
+        shutil.copytree(request.getfixturevalue("first_run"), tmp_path / "runs/digits")
         shutil.copytree(tmp_path / "flowers/val/flower_3", tmp_path / "pictures")
         for i, path in enumerate(sorted((tmp_path / "pictures").iterdir())):
             Image.open(path).save(tmp_path / "pictures" / f"{i + 1:02}.png")
