@@ -32,7 +32,11 @@ from stvit_jax.errors import UserError
         ("augment.erasing_probability", float("nan"), "is nan: it must be in [0, 1]"),
         ("robustness", (1,), "config.robustness is (1,): write the names of data sets"),
         ("data.dir", "gs://bucket/x", "is 'gs://bucket/x': data are read from a disk or a mount"),
-        ("init_from", "s3://bucket/x", "give a path on this machine, or gs://BUCKET/PATH"),
+        (
+            "init_from",
+            "s3://bucket/x",
+            "give a path on this machine, gs://BUCKET/PATH or hf_hub:OWNER/NAME",
+        ),
         ("task", "regression", "config.task is 'regression': it must be one of classification"),
         ("seed", 2**32, "config.seed is 4294967296: it must be less than 2**32"),
         ("gradient_clip", -1.0, "config.gradient_clip is -1.0: it must be finite and at least 0"),
