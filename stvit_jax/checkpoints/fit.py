@@ -150,16 +150,16 @@ def load_weights(model: STViT, path: str | Path, ema: bool = False) -> dict[str,
     Raises:
       UserError: as `read`, or they do not fit the network (all differences listed).
     """
-    return fitted(model, read(path, ema))
-
-
-def fitted(model: STViT, weights: Weights) -> dict[str, Any]:
-    """As `load_weights`, of weights as read."""
     if model.folded:
         raise UserError(
             "no weights are those of a folded network: load them into the network that is not "
             "folded, and fold both: stvit_jax.fold_batch_norm(model, variables)"
         )
+    return fitted(model, read(path, ema))
+
+
+def fitted(model: STViT, weights: Weights) -> dict[str, Any]:
+    """As `load_weights`, of weights as read; `model` is not folded."""
     check_heads(model, weights)
     variables = abstract(model)
     if modules := _anew(variables, weights):

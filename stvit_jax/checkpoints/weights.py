@@ -156,7 +156,7 @@ def write(path: str | Path, weights: Weights) -> None:
             directories.write(path, weights.variables, carried)
             return
         files.check_output(path)
-        headless = not weights.settings["num_classes"]
+        headless = weights.settings.get("num_classes") == 0
         state_dict = torch_weights.to_torch(weights.variables, partial=headless)
         with files.replaced(path) as file:
             if files.suffix(path) in files.TORCH_SUFFIXES:
