@@ -15,6 +15,9 @@ COUNTS = {"one": 26, "four": 22, "seven": 2}
 DIGITS = {"one": 1, "four": 4, "seven": 7}
 
 
+pytestmark = pytest.mark.docs  # a whole use of the project, as the documentation's pages are
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Fifty pictures to train on, under train/; and validation/, as some call it."""
