@@ -16,7 +16,7 @@ from stvit_jax.console import say, warn
 from stvit_jax.data.loader import eval_batches
 from stvit_jax.data.prefetch import device_prefetch
 from stvit_jax.data.share import Share, share_spec
-from stvit_jax.errors import Interrupted, UserError
+from stvit_jax.errors import Interrupted, UserError, described
 from stvit_jax.training import workdir
 from stvit_jax.training.evaluation import AVERAGED, RAW, best, describe, evaluate
 from stvit_jax.training.metrics import MetricWriter
@@ -101,8 +101,8 @@ class Evaluator:
                 continue
             try:
                 evaluation.report(joined[best(evaluation, metrics)[1]], folder)
-            except (ImportError, UserError) as error:
-                warn(str(error))
+            except Exception as error:  # of drawing, too: what has been learned is saved
+                warn(f"no report of {evaluation.name} in {folder}: {described(error)}")
 
     def _interrupted(self) -> bool:
         return self._stop.requested or self._watchdog.stalled

@@ -16,6 +16,7 @@ from stvit_jax.checkpoints.trained import PUBLISHED_SIZE
 from stvit_jax.console import say
 from stvit_jax.errors import UserError
 from stvit_jax.evaluator import read_alike
+from stvit_jax.models.settings import SETTINGS
 from stvit_jax.training import workdir
 
 
@@ -58,10 +59,10 @@ def _stated(config: ConfigDict, settings: dict[str, Any], size: int) -> ConfigDi
     with config.unlocked():
         config.image_size = config.image_size or size
         if not config.model.name:
-            for field, value in settings.items():
+            config.model.name = settings["name"]
+            for field in SETTINGS:
                 # The classes are those of the data; what the command line states stays.
-                if field == "name" or (field in config.model and config.model[field] is None):
-                    if field != "num_classes" and value is not None:
-                        value = tuple(value) if isinstance(value, list) else value
-                        config.model[field] = value
+                value = settings.get(field)
+                if field != "num_classes" and config.model[field] is None and value is not None:
+                    config.model[field] = tuple(value) if isinstance(value, list) else value
     return config

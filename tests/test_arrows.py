@@ -21,7 +21,7 @@ ARROWS = {
     "cluster": {"errors", "console"},
     "config": {"errors", "places"},
     "command_line": {"config"} | GROUND,
-    "following": {"evaluator", "training", "checkpoints"} | GROUND,
+    "following": {"evaluator", "training", "checkpoints", "models.settings"} | GROUND,
     "run": {"tasks", "following", "trainer", "evaluator", "training", "data", "config"} | GROUND,
     "trainer": {"evaluator", "plans", "training", "checkpoints", "data", "config"}
     | {"models.settings"}

@@ -21,7 +21,8 @@ from stvit_jax.checkpoints import files, fit, hub, weights
 from stvit_jax.data.decode import SMALL_SIZE, crop_share
 from stvit_jax.data.normalization import MEAN, STD
 from stvit_jax.errors import UserError, kind_of, listing, reason
-from stvit_jax.models.settings import SETTINGS, abstract, create
+from stvit_jax.models import settings
+from stvit_jax.models.settings import abstract, create
 from stvit_jax.models.stvit import VARIANTS, STViT
 from stvit_jax.trees import differences, leaves
 
@@ -62,11 +63,9 @@ def save_pretrained(
         raise UserError(f"these weights are not finite, in {listing(infinite, 3)}")
     outline = ("embed_dim", "depths")
     like = (n for n in VARIANTS if all(VARIANTS[n][f] == getattr(model, f) for f in outline))
-    settings = {field: getattr(model, field) for field in SETTINGS}
-    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
     found = weights.Weights(
         jax.tree.map(np.asarray, dict(variables)),
-        {"name": next(like, "stvit_small"), **settings},
+        settings.of(model, next(like, "stvit_small")),
         Path(path),
         {},
         classes=None if classes is None else tuple(classes),
@@ -143,28 +142,28 @@ def _whole(path: Path) -> Iterator[Path]:
 
 def _config(found: weights.Weights, license: str | None) -> dict[str, Any]:
     """What `config.json` holds; the preprocessing is that of `data.eval_image` and `normalize`."""
-    settings, size = found.settings, found.image_size or PUBLISHED_SIZE
+    own, size = found.settings, found.image_size or PUBLISHED_SIZE
     names = {} if found.classes is None else {"label_names": list(found.classes)}
     return {
-        "architecture": settings["name"],
-        "num_classes": settings["num_classes"],
-        "num_features": settings["projection"],
+        "architecture": own["name"],
+        "num_classes": own["num_classes"],
+        "num_features": own["projection"],
         "global_pool": "avg",
         **names,
         "pretrained_cfg": {
-            "input_size": [settings["in_chans"], size, size],
+            "input_size": [own["in_chans"], size, size],
             "fixed_input_size": False,
             "interpolation": "bicubic",
             "crop_pct": crop_share(size),
             "crop_mode": "squash" if size <= SMALL_SIZE else "center",
             "mean": list(MEAN),
             "std": list(STD),
-            "num_classes": settings["num_classes"],
+            "num_classes": own["num_classes"],
             "pool_size": None,
             "first_conv": "patch_embed.proj.0",
             "classifier": "head",
             "license": license,
         },
-        "stvit_config": settings,
+        "stvit_config": own,
         "image_size": size,
     }

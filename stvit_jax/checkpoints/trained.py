@@ -4,13 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from stvit_jax.checkpoints import fit, weights
 from stvit_jax.checkpoints.pretrained import PUBLISHED_SIZE
 from stvit_jax.errors import UserError
-from stvit_jax.models.settings import Settings, absent, abstract, create
+from stvit_jax.models.settings import Settings, absent, create
 from stvit_jax.models.stvit import STViT
 
 
@@ -55,7 +52,5 @@ def load_trained(path: str | Path, ema: bool = False, **overrides: Any) -> Train
             "of a picture: train it first, with --config.init_from of this file"
         )
     model = create(found.settings, **overrides)
-    variables = abstract(model)
-    variables = jax.tree.map(jnp.asarray, fit.merge(variables, found))
-    size = found.image_size or PUBLISHED_SIZE
+    variables, size = fit.fitted(model, found), found.image_size or PUBLISHED_SIZE
     return Trained(model, variables, found.settings, found.classes, size, found.source)

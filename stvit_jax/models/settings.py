@@ -95,9 +95,14 @@ def complete(
         raise UserError(f"the settings describe no network: {one_line(error)}") from error
     if wrong:
         raise UserError(f"not {stated['name']}: {'; '.join(wrong)}; {_remedy(shapes)}")
+    return of(model, stated["name"])
+
+
+def of(model: STViT, name: str) -> Settings:
+    """The settings of a network that derives from the variant `name`; plain values."""
     settings = {field: getattr(model, field) for field in SETTINGS}
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-    return {"name": stated["name"], **settings}
+    return {"name": name, **settings}
 
 
 def absent(variables: Mapping[str, Any]) -> tuple[str, ...]:

@@ -112,7 +112,7 @@ def report(classes: tuple[str, ...], total: dict[str, Any], folder: Path) -> Non
     """Writes `per_class.json` and `confusion.png`, and says which classes are the worst.
 
     Raises:
-      UserError: they cannot be written.
+      OSError, UserError: they cannot be written.
     """
     counts = total["confusion"].astype(np.int64)
     images, right = counts.sum(axis=1), np.diagonal(counts)
@@ -121,12 +121,9 @@ def report(classes: tuple[str, ...], total: dict[str, Any], folder: Path) -> Non
         name: {"images": int(n), "accuracy": round(float(rate), 6) if n else None}
         for name, n, rate in zip(classes, images, rates, strict=True)
     }
-    try:
-        text = json.dumps({"classes": rows, "confusion": counts[:, :-1].tolist()}, indent=1)
-        (folder / "per_class.json").write_text(text + "\n")
-        figures.save(draw(classes, counts[:, :-1]), folder / "confusion.png")
-    except OSError as error:
-        raise UserError(f"{folder}: no report by class: {one_line(error)}") from error
+    text = json.dumps({"classes": rows, "confusion": counts[:, :-1].tolist()}, indent=1)
+    (folder / "per_class.json").write_text(text + "\n")
+    figures.save(draw(classes, counts[:, :-1]), folder / "confusion.png")
     seen = np.flatnonzero(images)
     worst = seen[np.argsort(rates[seen], kind="stable")][:WORST]
     said = ", ".join(f"{one_line(classes[i], 40)} {right[i]} of {images[i]}" for i in worst)
