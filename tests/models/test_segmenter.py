@@ -25,6 +25,8 @@ SMALL = dict(
     init_values=0.5,
 )
 HEAD = dict(num_classes=7, channels=12, dropout=0.0)
+KINDS = pytest.mark.parametrize("kind", ["upernet", "fpn"])
+SIZES = pytest.mark.parametrize("size", [(75, 41), pytest.param((64, 96), marks=pytest.mark.slow)])
 
 
 def pair(kind):
@@ -53,8 +55,8 @@ def channels_last(tensor):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("kind", ["upernet", "fpn"])
-@pytest.mark.parametrize("size", [(75, 41), pytest.param((64, 96), marks=pytest.mark.slow)])
+@KINDS
+@SIZES
 def test_inference(kind, size):
     peer, network, variables = pair(kind)
     x, ours_x = inputs(*size)
@@ -66,8 +68,8 @@ def test_inference(kind, size):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("kind", ["upernet", "fpn"])
-@pytest.mark.parametrize("size", [(75, 41), pytest.param((64, 96), marks=pytest.mark.slow)])
+@KINDS
+@SIZES
 def test_training_step(kind, size):
     """The loss of all heads, every gradient, and the running statistics after it."""
     peer, network, variables = pair(kind)
