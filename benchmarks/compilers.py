@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stvit_jax import parallel
-from stvit_jax.config import validate
 from stvit_jax.errors import UserError, did_you_mean, one_line
+from stvit_jax.validation import validate
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

@@ -14,7 +14,7 @@ the sets once: the command says how, set after set. Fewer sets:
 
 from ml_collections import ConfigDict
 
-from stvit_jax.config import imagenet
+from stvit_jax.recipes import imagenet
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -25,7 +25,7 @@ throughout (`--config.model.drop_path_rate=0.6 '--config.drop_path_schedule=()'`
 
 from ml_collections import ConfigDict
 
-from stvit_jax.config import imagenet
+from stvit_jax.recipes import imagenet
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -22,7 +22,7 @@ Evaluate released or own weights, at 224 and at 384:
 
 from ml_collections import ConfigDict
 
-from stvit_jax.config import imagenet
+from stvit_jax.recipes import imagenet
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -1,18 +1,15 @@
-"""What a run is: every field with its default, the published recipes, validation with remedies.
+"""What a run is: every field with its default, and a run's fields beside those of its continuation.
 
-A file in `configs/` takes `base()` or `imagenet(arg)`, changes what differs, and locks the result.
-Nothing here knows of devices, data or networks.
+A file in `configs/` takes `base()` or a recipe of `recipes.py`, changes what differs, and locks the
+result; `validation.py` says what a field must be. Nothing here knows of devices, data or networks.
 """
 
 import json
-import math
-import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from stvit_jax import places
 from stvit_jax.errors import UserError, listing, one_line
 
 # What may differ between a run and its continuation; everything else makes another recipe.
@@ -54,7 +51,7 @@ def base() -> ConfigDict:
         config.model[field] = config_dict.placeholder(int)
     config.model.qkv_bias = config_dict.placeholder(bool)
 
-    config.image_size = 224  # pixels, square; 0: that of init_from
+    config.image_size = 224  # pixels, square; 0: that of init_from; segmentation: the crop
     config.data = ConfigDict()
     config.data.source = "tfds"
     config.data.name = "imagenet2012"
@@ -71,13 +68,18 @@ def base() -> ConfigDict:
     # are computed again in the backward pass, as (0, 1).
     config.gradient_accumulation = 1
     config.remat = ()
-    config.epochs = 300
-    config.steps = 0  # > 0 ends the run early; schedules follow epochs
+    config.schedule = "cosine"  # by epoch; poly: by step
+    config.epochs = 300  # of cosine
+    config.steps = 0  # > 0 ends the run early; schedules follow epochs, or total_steps
     config.learning_rate = 5e-4  # per 512 images
     config.min_learning_rate = 1e-5
-    config.warmup_learning_rate = 1e-6
+    config.warmup_learning_rate = 1e-6  # this and the next of cosine
     config.warmup_epochs = 5
+    config.total_steps = 0  # this and the next two of poly
+    config.warmup_steps = 0
+    config.poly_power = 1.0
     config.weight_decay = 0.05
+    config.decay = "1d"  # of all but biases, scales; mmseg: but what has norm in its name; all
     config.gradient_clip = 0.0  # largest global norm of a gradient; 0: off, as published
     config.ema_decay = 0.99996  # 0: no moving average
     config.label_smoothing = 0.1
@@ -92,6 +94,23 @@ def base() -> ConfigDict:
     config.freeze_stages = 0
     config.linear_probe = False
     config.freeze_batch_norm = False  # fine-tuning: running statistics used and kept, no drop path
+
+    config.segmentation = ConfigDict()  # the task; see tasks/segmentation.py
+    config.segmentation.head = "upernet"  # or fpn
+    config.segmentation.channels = config_dict.placeholder(int)  # its width; None: as published
+    config.segmentation.dropout = 0.1
+    config.segmentation.auxiliary_weight = 0.4  # of UPerNet's second loss
+    config.segmentation.mean_of_labelled = False  # ignored pixels do not count in the loss's mean
+    config.segmentation.freeze_bn = False  # the backbone's: running statistics, nothing learned
+    config.segmentation.long_side = 2048  # what pictures are resized into, before the crop ...
+    config.segmentation.short_side = 512
+    config.segmentation.scale_range = (0.5, 2.0)  # ... times one of these
+    config.segmentation.largest_class = 0.75  # most of a crop that is of one class; 1: whatever
+    config.segmentation.photometric = True
+    config.segmentation.test = "whole"  # slide: crops, a third of them overlapping
+    config.segmentation.test_scales = (1.0,)  # of several the mean, as (0.5, 0.75, 1, 1.25, 1.5)
+    config.segmentation.test_flip = False  # and of mirrored pictures
+
     config.dtype = "bfloat16"  # of compute; float32, float64
     config.kernels = "auto"  # in bfloat16 those that suit the device; plain: XLA's alone
     config.deterministic = False  # GPU: runs that repeat bit by bit, see parallel.py
@@ -110,178 +129,14 @@ def base() -> ConfigDict:
     config.log_every = 50  # steps
     config.logger = ""  # wandb or trackio follow the run, too; "": nobody
     config.logger_project = "stvit_jax"  # where it is listed there
-    config.eval_every_epochs = 1  # 0: only at the end
+    config.eval_every_epochs = 1  # of cosine; 0: only at the end
+    config.eval_every_steps = 0  # likewise, of poly
     config.checkpoint_every = 1000  # steps
     config.checkpoint_keep = 3
     config.checkpoint_best = False  # save at the best evaluation, and keep that one besides
     config.stall_after = 600.0  # seconds in which nothing happens, before the run ends; 0: off
     config.on_nonfinite = "stop"  # where a loss is not finite; skip: back, and past the batches
     return config
-
-
-def imagenet(arg: str) -> ConfigDict:
-    """The recipe that a config's argument (`configs/NAME.py:ARG`) stands for, not locked.
-
-    Args:
-      arg: "" for training at 224, "384" for fine-tuning at 384.
-
-    Raises:
-      UserError: any other argument.
-    """
-    if arg not in ("", "384"):
-        raise UserError(
-            f"config argument {arg!r} is unknown: write configs/NAME.py (training at 224) or "
-            "configs/NAME.py:384 (fine-tuning at 384)"
-        )
-    config = base()
-    if arg:
-        config.image_size = 384
-        config.epochs = 30
-        config.batch_size = 512
-        config.group_size = 64
-        config.learning_rate = 5e-6
-        config.min_learning_rate = 5e-6
-        config.warmup_epochs = 0
-        config.weight_decay = 1e-8
-        config.freeze_batch_norm = True  # inference mode: drop path is off, too
-    return config
-
-
-class Check(NamedTuple):
-    """What a field must be: a test of (its value, the config), and the words for when it fails."""
-
-    field: str
-    test: Callable[[Any, ConfigDict], bool]
-    remedy: str  # may name other fields: {batch_size}
-
-
-def _at_least(least: float, *fields: str) -> list[Check]:
-    # NaN fails, too.
-    return [Check(f, lambda v, _: v >= least, f"it must be at least {least}") for f in fields]
-
-
-def _share(*fields: str) -> list[Check]:
-    return [Check(f, lambda v, _: 0 <= v < 1, "it must be in [0, 1)") for f in fields]
-
-
-def _one_of(field: str, *known: str) -> Check:
-    return Check(field, lambda v, _: v in known, f"it must be one of {', '.join(known)}")
-
-
-def _is_change(change: Any) -> bool:
-    """Whether an entry of `drop_path_schedule` is (epoch, rate)."""
-    if not isinstance(change, tuple | list) or len(change) != 2:
-        return False
-    epoch, rate = change
-    return type(epoch) is int and epoch >= 0 and isinstance(rate, int | float) and 0 <= rate < 1
-
-
-def _is_local(path: str, _: ConfigDict) -> bool:
-    return not places.is_address(path)
-
-
-_LOCAL = (
-    "data are read from a disk or a mount of this machine, and ArrayRecord reads no bucket: copy "
-    "them here, or mount it (gcsfuse)"
-)
-
-CHECKS: tuple[Check, ...] = (
-    _one_of("task", "classification"),
-    *_at_least(0, "image_size", "freeze_stages"),
-    Check("layer_decay", lambda v, _: 0 < v <= 1, "it must be above 0 and at most 1"),
-    Check(
-        "freeze_stages",
-        lambda v, c: not v or c.freeze_batch_norm,
-        "the statistics of frozen stages stay, too: set config.freeze_batch_norm=True",
-    ),
-    Check(
-        "linear_probe",
-        lambda v, c: not v or c.freeze_batch_norm,
-        "the statistics stay, too: set config.freeze_batch_norm=True",
-    ),
-    *_at_least(1, "batch_size", "epochs", "log_every", "gradient_accumulation"),
-    *_at_least(1, "checkpoint_every", "checkpoint_keep", "data.repeats"),
-    *_at_least(0, "group_size", "steps", "warmup_epochs", "seed", "eval_every_epochs"),
-    *_at_least(0, "learning_rate", "min_learning_rate", "warmup_learning_rate", "weight_decay"),
-    Check("gradient_clip", lambda v, _: 0 <= v < math.inf, "it must be finite and at least 0"),
-    *_at_least(0, "data.workers"),
-    Check("stall_after", lambda v, _: 0 <= v < math.inf, "give seconds, or 0 for never"),
-    _one_of("on_nonfinite", "stop", "skip"),
-    _one_of("logger", "", "wandb", "trackio"),
-    Check("seed", lambda v, _: v < 2**32, "it must be less than 2**32"),
-    *_share("ema_decay", "label_smoothing", "data.max_bad_fraction"),
-    Check("augment.erasing_probability", lambda v, _: 0 <= v <= 1, "it must be in [0, 1]"),
-    _one_of("dtype", "bfloat16", "float32", "float64"),
-    _one_of("kernels", "auto", "plain"),
-    _one_of("data.source", "tfds", "folder", "fake"),
-    Check("data.dir", _is_local, _LOCAL),
-    Check(
-        "init_from",
-        lambda v, _: not places.is_address(v) or re.match("gs:/", v),
-        "give a path on this machine, gs://BUCKET/PATH or hf_hub:OWNER/NAME",
-    ),
-    Check(
-        "teacher.init_from",
-        lambda v, _: not places.is_address(v) or re.match("gs:/", v),
-        "give a path on this machine, or gs://BUCKET/PATH",
-    ),
-    _one_of("teacher.kind", "soft", "hard"),
-    Check("teacher.alpha", lambda v, _: 0 <= v <= 1, "it must be in [0, 1]"),
-    Check("teacher.temperature", lambda v, _: 0 < v < math.inf, "it must be finite and positive"),
-    Check(
-        "batch_size",
-        lambda v, c: not c.group_size or v % c.group_size == 0,
-        "it must be a multiple of config.group_size {group_size} (0: the whole batch)",
-    ),
-    Check(
-        "gradient_accumulation",
-        lambda v, c: v == 1 or c.group_size > 0 or c.freeze_batch_norm,
-        "a batch that is one group (config.group_size 0) cannot be normalised in parts; set "
-        "config.group_size",
-    ),
-    Check(
-        "gradient_accumulation",
-        lambda v, c: c.batch_size % (v * (1 if c.freeze_batch_norm else c.group_size or 1)) == 0,
-        "config.batch_size {batch_size} must be that many parts of whole groups of "
-        "config.group_size {group_size}",
-    ),
-    Check(
-        "remat",
-        lambda v, _: all(type(stage) is int and stage >= 0 for stage in v),
-        "write the numbers of stages, (0, 1)",
-    ),
-    Check(
-        "warmup_epochs",
-        lambda v, c: v <= c.epochs,
-        "it must be at most config.epochs {epochs}",
-    ),
-    Check(
-        "drop_path_schedule",
-        lambda v, _: all(map(_is_change, v)),
-        "write ((epoch, rate), ...), such as ((260, 0.6),)",
-    ),
-    Check(
-        "robustness",
-        lambda v, _: all(isinstance(name, str) for name in v),
-        "write the names of data sets, ('imagenet_a', ...)",
-    ),
-    Check("model.num_classes", lambda v, _: v != 0, "without a classifier nothing is learned"),
-    Check("model.in_chans", lambda v, _: v in (None, 3), "pictures are read as RGB; leave it out"),
-)
-
-
-def validate(config: ConfigDict) -> None:
-    """Checks what can be known before any data or device is touched.
-
-    Raises:
-      UserError: names the field and the remedy.
-    """
-    values = _flat(config.to_dict())
-    for check in CHECKS:
-        value = values[check.field]
-        if not check.test(value, config):
-            remedy = check.remedy.format_map(values)
-            raise UserError(f"config.{check.field} is {one_line(repr(value))}: {remedy}")
 
 
 def model_settings(config: ConfigDict) -> dict[str, Any]:
@@ -294,7 +149,7 @@ def flat(config: ConfigDict) -> dict[str, str | int | float | bool]:
     plain = (str, int, float, bool)
     return {
         name: value if isinstance(value, plain) else str(value)
-        for name, value in _flat(config.to_dict()).items()
+        for name, value in flattened(config.to_dict()).items()
     }
 
 
@@ -317,13 +172,13 @@ def check_same_recipe(config: ConfigDict, before: str, where: str) -> None:
       UserError: another recipe; names the fields with both values. Or `before` is no such text.
     """
     try:
-        then = _flat(json.loads(before))
+        then = flattened(json.loads(before))
     except (ValueError, RecursionError, AttributeError) as error:
         raise UserError(
             f"{where} cannot be read ({one_line(error)}); restore it, or start in another --workdir"
         ) from None
-    now = _flat(json.loads(to_json(config)))
-    then = _flat(json.loads(to_json(base()))) | then
+    now = flattened(json.loads(to_json(config)))
+    then = flattened(json.loads(to_json(base()))) | then
     differing = [
         f"config.{field} is {now.get(field)!r}, was {then.get(field)!r}"
         for field in sorted(then.keys() | now.keys())
@@ -345,12 +200,13 @@ def field_of(config: ConfigDict, name: str) -> Any:
 
 def field_names() -> list[str]:
     """The dotted names of all fields."""
-    return list(_flat(base().to_dict()))
+    return list(flattened(base().to_dict()))
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dictionary by dotted names."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         nested = isinstance(value, Mapping)
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+        flat |= flattened(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat

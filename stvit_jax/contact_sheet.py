@@ -17,13 +17,13 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
 from stvit_jax import command_line, tasks
-from stvit_jax.config import validate
 from stvit_jax.console import say
 from stvit_jax.data.loader import train_batches
 from stvit_jax.data.order import Order
 from stvit_jax.errors import UserError, reason
 from stvit_jax.following import as_weights_have_it
 from stvit_jax.training.task import Picture, step_keys
+from stvit_jax.validation import validate
 
 GROUPS, GROUP_SIZE = 3, 6
 TILE = 160  # pixels of a picture's side on the sheet

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 from stvit_jax import cluster, parallel, places, programs
 from stvit_jax.checkpoints import weights
 from stvit_jax.console import say, warn
+from stvit_jax.data.batching import Batching
 from stvit_jax.data.loader import eval_batches
 from stvit_jax.data.prefetch import device_prefetch
 from stvit_jax.data.share import Share, share_spec
@@ -22,7 +24,7 @@ from stvit_jax.training.evaluation import AVERAGED, RAW, best, describe, evaluat
 from stvit_jax.training.metrics import MetricWriter
 from stvit_jax.training.signals import STOPPED, Stop
 from stvit_jax.training.step import abstract_batch, compile_step
-from stvit_jax.training.task import Evaluation, Metrics, Task, Variables
+from stvit_jax.training.task import Batch, Evaluation, Metrics, Task, Tree, Variables
 from stvit_jax.training.watchdog import Watchdog
 
 
@@ -39,19 +41,35 @@ class Evaluator:
     ) -> None:
         self._evaluations, self._config, self._mesh = evaluations, config, mesh
         self._stop, self._watchdog = stop, watchdog
-        self._compiled: dict[Callable, Callable] = {}
+        self._batchings = {
+            e.name: Batching.of(e.examples, e.batch_size or config.batch_size) for e in evaluations
+        }
+        self._compiled: dict[tuple, Callable] = {}
         self._joined: dict[str, Any] = {}  # by name of the evaluation, of the last one
 
     def compile(self, variables: Variables) -> None:
-        """Compiles all programs, where that is to be done ahead of the first evaluation."""
+        """Compiles programs ahead of the first evaluation; of several shapes, the largest."""
         for evaluation in self._evaluations:
-            if evaluation.measure not in self._compiled:
-                start = time.monotonic()
-                batch = abstract_batch(share_spec(evaluation.examples), self._config.batch_size)
-                self._compiled[evaluation.measure] = compile_step(
-                    evaluation.measure, variables, batch, mesh=self._mesh, donate=False
-                )
-                say(f"compiled the evaluation step in {time.monotonic() - start:.0f} s")
+            batching = self._batchings[evaluation.name]
+            abstract = abstract_batch(share_spec(batching.specs[0]), batching.batch_size)
+            self._program(evaluation, variables, abstract)
+
+    def _program(self, evaluation: Evaluation, variables: Variables, batch: Batch) -> Callable:
+        """That of a batch's shapes, compiled where there is none yet."""
+        shapes = tuple((name, x.shape) for name, x in sorted(batch.items()))
+        key = (evaluation.measure, shapes)
+        if key not in self._compiled:
+            of = len(set(map(repr, self._batchings[evaluation.name].specs)))
+            which = sum(measure == evaluation.measure for measure, _ in self._compiled) + 1
+            what = "the evaluation step" + (f", shape {which} of {of}," if of > 1 else "")
+            self._watchdog.at(f"the compiler: {what}")
+            start = time.monotonic()
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+            self._compiled[key] = compile_step(
+                evaluation.measure, variables, abstract, mesh=self._mesh, donate=False
+            )
+            say(f"compiled {what} in {time.monotonic() - start:.0f} s")
+        return self._compiled[key]
 
     def __call__(self, variables: dict[str, Variables]) -> Metrics:
         """The metrics of all sets, for each suffix of `variables`.
@@ -70,9 +88,9 @@ class Evaluator:
             with contextlib.closing(batches):
                 found, self._joined[evaluation.name] = evaluate(
                     evaluation,
-                    self._compiled[evaluation.measure],
+                    partial(self._measure, evaluation),
                     variables,
-                    batches,
+                    zip(batches, self._batchings[evaluation.name].counts, strict=True),
                     self._stop.reached,
                     share.agree,
                     self._watchdog,
@@ -108,12 +126,16 @@ class Evaluator:
         return self._stop.requested or self._watchdog.stalled
 
     def _batches(self, evaluation: Evaluation) -> Share:
-        examples, size = evaluation.examples, self._config.batch_size
+        examples, batching = evaluation.examples, self._batchings[evaluation.name]
+        size = batching.batch_size
         slots = parallel.own_slots(size, self._mesh)
         batches = eval_batches(
             examples, batch_size=size, slots=slots, workers=self._config.data.workers
         )
-        return Share(batches, examples, len(slots), -(-len(examples.source) // size))
+        return Share(batches, batching.specs, len(slots))
+
+    def _measure(self, evaluation: Evaluation, variables: Variables, batch: Batch) -> Tree:
+        return self._program(evaluation, variables, batch)(variables, batch)
 
 
 def read_alike(path: str | Path, ema: bool) -> weights.Weights:

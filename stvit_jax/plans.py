@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import optax
 from jax.sharding import Mesh
@@ -35,28 +36,61 @@ class Plans:
         """
         images, batch_size = len(task.train.source), config.batch_size
         order = Order(images, batch_size, config.group_size, config.data.repeats, config.seed)
-        steps_per_epoch = order.steps_per_epoch
+        course = COURSES[config.schedule](config, order.steps_per_epoch)
         plan = Plan(
-            steps=min(config.epochs * steps_per_epoch, config.steps or sys.maxsize),
-            steps_per_epoch=steps_per_epoch,
+            steps=min(course.steps, config.steps or sys.maxsize),
+            steps_per_epoch=order.steps_per_epoch,
             batch_size=batch_size,
             log_every=config.log_every,
-            evaluate_every=config.eval_every_epochs * steps_per_epoch,
+            evaluate_every=course.evaluate_every,
             checkpoint_every=config.checkpoint_every,
             max_bad_fraction=config.data.max_bad_fraction,
         )
-        learning_rate = schedules.learning_rate(
-            config.learning_rate * batch_size / 512,
-            config.min_learning_rate,
-            config.warmup_learning_rate,
-            config.warmup_epochs,
-            config.epochs,
-            steps_per_epoch,
-        )
         tx = optimizer.adamw(
-            learning_rate, config.weight_decay, config.gradient_clip, task.multipliers
+            course.learning_rate,
+            config.weight_decay,
+            config.gradient_clip,
+            task.multipliers,
+            optimizer.DECAYED[config.decay],
         )
-        return cls(order, plan, learning_rate, tx)
+        return cls(order, plan, course.learning_rate, tx)
+
+
+class Course(NamedTuple):
+    """How long a run is, in steps, and what changes on the way."""
+
+    steps: int
+    learning_rate: schedules.Schedule
+    evaluate_every: int
+
+
+def by_epochs(config: ConfigDict, steps_per_epoch: int) -> Course:
+    """Classification's, as published: everything changes, or happens, between epochs."""
+    learning_rate = schedules.learning_rate(
+        config.learning_rate * config.batch_size / 512,
+        config.min_learning_rate,
+        config.warmup_learning_rate,
+        config.warmup_epochs,
+        config.epochs,
+        steps_per_epoch,
+    )
+    steps = config.epochs * steps_per_epoch
+    return Course(steps, learning_rate, config.eval_every_epochs * steps_per_epoch)
+
+
+def by_steps(config: ConfigDict, steps_per_epoch: int) -> Course:
+    """Segmentation's: a number of steps, whatever the set's size."""
+    learning_rate = schedules.polynomial(
+        config.learning_rate * config.batch_size / 512,
+        config.min_learning_rate,
+        config.poly_power,
+        config.total_steps,
+        config.warmup_steps,
+    )
+    return Course(config.total_steps, learning_rate, config.eval_every_steps)
+
+
+COURSES = {"cosine": by_epochs, "poly": by_steps}  # by config.schedule
 
 
 def train_step_of(

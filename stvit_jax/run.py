@@ -8,7 +8,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from stvit_jax import cluster, parallel, places, programs, tasks
-from stvit_jax.config import validate
 from stvit_jax.data.files import allow_many_open
 from stvit_jax.errors import UserError
 from stvit_jax.evaluator import Evaluator, evaluate_only
@@ -17,6 +16,7 @@ from stvit_jax.trainer import Trainer
 from stvit_jax.training.signals import Stop
 from stvit_jax.training.task import Task
 from stvit_jax.training.watchdog import Watchdog
+from stvit_jax.validation import validate
 
 
 def run(

@@ -1,4 +1,4 @@
-"""Values that change by epoch: learning rate and drop path, as functions of the optimiser step."""
+"""What changes in training: learning rate and drop path, as functions of the optimiser step."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -47,6 +47,43 @@ def learning_rate(
         return minimum + 0.5 * (base - minimum) * (1 + math.cos(math.pi * t / epochs))
 
     return by_epoch([of(max(epoch - 1, 0)) for epoch in range(epochs)], steps_per_epoch)
+
+
+def polynomial(
+    base: float,
+    minimum: float,
+    power: float,
+    steps: int,
+    warmup_steps: int = 0,
+    warmup_factor: float = 1e-6,
+) -> Schedule:
+    """A power of what is left, by step, as in segmentation's papers (mmcv 1.x `PolyLrUpdaterHook`).
+
+    r(t) = minimum + (base - minimum) (1 - t / T)^power, and r(t) (1 - (1 - t / W) (1 -
+    warmup_factor)) for t < W. (mmengine's schedulers, which follow each other, give others.)
+
+    Args:
+      base: rate at the beginning, without warm-up.
+      minimum: rate at the end, before the last step.
+      power: 1 is a straight line.
+      steps: T.
+      warmup_steps: W.
+      warmup_factor: what the first step has of its rate.
+
+    Returns:
+      A function of the 0-based step, as `learning_rate` returns it.
+
+    Raises:
+      UserError: there is no step.
+    """
+    t = np.arange(max(steps, 0), dtype=np.float64)
+    rates = minimum + (base - minimum) * (1 - t / max(steps, 1)) ** power
+    rates = np.where(
+        t < warmup_steps,
+        rates * (1 - (1 - t / max(warmup_steps, 1)) * (1 - warmup_factor)),
+        rates,
+    )
+    return by_epoch(rates, 1)
 
 
 def drop_path(

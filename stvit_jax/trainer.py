@@ -1,6 +1,7 @@
 """One run of training in one workdir: what it goes on from, what it leaves."""
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from stvit_jax import cluster, parallel, programs
 from stvit_jax.checkpoints.manager import Checkpoints
 from stvit_jax.config import check_same_recipe, flat, to_json
 from stvit_jax.console import say, warn
+from stvit_jax.data.examples import batch_spec
 from stvit_jax.data.loader import train_batches
 from stvit_jax.data.order import Order
 from stvit_jax.data.prefetch import DevicePrefetch, device_prefetch
@@ -164,7 +166,7 @@ class Trainer:
         loaded = train_batches(
             examples, self._plans.order, start=start, slots=slots, workers=config.data.workers
         )
-        share = Share(loaded, examples, len(slots))
+        share = Share(loaded, itertools.repeat(batch_spec(examples)), len(slots))
         batches = device_prefetch(
             share,
             parallel.by_image(self._mesh),
@@ -337,7 +339,7 @@ class Trainer:
         start = time.monotonic()
         prepare, given = self._given
         train_step = train_step_of(self._config, self._task, self._plans.tx, self._mesh, prepare)
-        batch = abstract_batch(share_spec(self._task.train), self._config.batch_size)
+        batch = abstract_batch(share_spec(batch_spec(self._task.train)), self._config.batch_size)
         compiled = compile_step(train_step, state, batch, key, *given, mesh=self._mesh, donate=True)
         say(f"compiled the training step in {time.monotonic() - start:.0f} s")
         return lambda state, batch, key: compiled(state, batch, key, *given)

@@ -9,6 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "stvit_jax"
 GROUND = {"errors", "console", "trees", "parallel", "programs", "places", "cluster"}
 HALL = {"run", "following", "trainer", "evaluator", "plans", "config", "command_line"}
+HALL |= {"validation", "recipes"}
 LEAVES = {"schedules", "torch_weights", "inference"}  # of the door, without weight
 WINGS = {"ops", "models", "data", "augment", "checkpoints", "training", "tasks", "portable"}
 
@@ -19,10 +20,12 @@ ARROWS = {
     **dict.fromkeys(("console", "trees", "places"), {"errors"}),
     **dict.fromkeys(("parallel", "programs"), {"errors", "console", "places"}),
     "cluster": {"errors", "console"},
-    "config": {"errors", "places"},
+    "config": {"errors"},
+    "validation": {"config", "errors", "places"},
+    "recipes": {"config", "errors"},
     "command_line": {"config"} | GROUND,
     "following": {"evaluator", "training", "checkpoints", "models.settings"} | GROUND,
-    "run": {"tasks", "following", "trainer", "evaluator", "training", "data", "config"} | GROUND,
+    "run": {"tasks", "following", "trainer", "evaluator", "training", "data", "validation"} | GROUND,
     "trainer": {"evaluator", "plans", "training", "checkpoints", "data", "config"}
     | {"models.settings"}
     | GROUND,
@@ -47,6 +50,7 @@ ARROWS = {
     "tasks": {
         "figures",
         "models",
+        "ops",
         "data",
         "augment",
         "checkpoints.fit",
@@ -61,7 +65,7 @@ ARROWS = {
     | GROUND,
     # Commands at the door, one thin file each; never `run`.
     "": {"following", "figures", "ops", "tasks", "models", "portable", "checkpoints", "data"}
-    | {"training.task", "command_line", "config"}
+    | {"training.task", "command_line", "validation"}
     | LEAVES
     | GROUND,
 }
@@ -84,7 +88,7 @@ LIBRARIES = {
     **dict.fromkeys(("fsspec", "aiohttp", "gcsfs"), {"places"}),
     "optax": {"training", "tasks", "plans"},
     "ml_collections": {"config", "command_line", "tasks", "run", "contact_sheet"}
-    | {"trainer", "evaluator", "plans", "following"},
+    | {"trainer", "evaluator", "plans", "following", "validation", "recipes"},
     "absl": {"command_line", "data", "checkpoints"},
 }
 # Loader workers and command lines import these: no JAX when they are imported.

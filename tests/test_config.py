@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from stvit_jax import command_line
+from stvit_jax import command_line, validation
 from stvit_jax import config as configs
 from stvit_jax.errors import UserError
 
@@ -38,6 +38,8 @@ from stvit_jax.errors import UserError
             "give a path on this machine, gs://BUCKET/PATH or hf_hub:OWNER/NAME",
         ),
         ("task", "regression", "config.task is 'regression': it must be one of classification"),
+        ("data.name", "scene_parse150", "its labels in tfds are instances of 100 classes"),
+        ("schedule", "linear", "config.schedule is 'linear': it must be one of cosine, poly"),
         ("seed", 2**32, "config.seed is 4294967296: it must be less than 2**32"),
         ("gradient_clip", -1.0, "config.gradient_clip is -1.0: it must be finite and at least 0"),
         ("gradient_clip", float("inf"), "config.gradient_clip is inf: it must be finite"),
@@ -60,21 +62,21 @@ def test_mistakes_are_named(field, value, message):
     with config.unlocked():
         (configs.field_of(config, ".".join(path)) if path else config)[last] = value
     with pytest.raises(UserError, match=re.escape(message)):
-        configs.validate(config)
+        validation.validate(config)
 
 
 def test_parts_need_groups_or_frozen_statistics():
     config = configs.base()
     config.gradient_accumulation, config.group_size = 2, 0
     with pytest.raises(UserError, match="one group .* cannot be normalised in parts; set config.g"):
-        configs.validate(config)
+        validation.validate(config)
     config.freeze_batch_norm = True
-    configs.validate(config)
+    validation.validate(config)
     config.group_size, config.gradient_accumulation = 128, 1024
-    configs.validate(config)
+    validation.validate(config)
     config.gradient_accumulation = 3
     with pytest.raises(UserError, match="gradient_accumulation is 3: config.batch_size 1024 must"):
-        configs.validate(config)
+        validation.validate(config)
 
 
 @pytest.mark.parametrize("text, value", [("(0,1)", (0, 1)), ("[2]", (2,)), ("3", (3,)), ("()", ())])
@@ -82,11 +84,11 @@ def test_stages_on_the_command_line(text, value):
     arguments = ["--config=configs/digits.py", "--workdir=w", f"--config.remat={text}"]
     config, *_ = command_line.train(arguments, "")
     assert config.remat == value
-    configs.validate(config)
+    validation.validate(config)
 
 
 def test_the_base_is_valid():
-    configs.validate(configs.base())
+    validation.validate(configs.base())
 
 
 def test_another_recipe_is_named_with_both_values():
@@ -127,7 +129,7 @@ def test_a_damaged_recipe_is_named(text):
 
 def test_fields_that_a_remedy_names_exist():
     values = configs.base().to_dict()
-    for check in configs.CHECKS:
+    for check in validation.CHECKS:
         configs.field_of(configs.base(), check.field)
         assert check.remedy.format_map(values)
 

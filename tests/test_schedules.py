@@ -60,3 +60,20 @@ def test_drop_path_changes_at_its_epochs():
     assert schedules.drop_path(0.1, (), 3, 10)(29) == 0.1
     back = schedules.drop_path(0.1, ((2, 0.3), (1, 0.2)), epochs=3, steps_per_epoch=10)
     assert [back(9), back(10), back(20), back(10**6)] == [0.1, 0.2, 0.3, 0.3]
+
+
+def test_the_polynomial_is_that_of_mmcv():
+    rate = schedules.polynomial(6e-5, 0.0, 1.0, 160_000, 1500)
+    for step, expected in {
+        0: 6.0e-11,
+        1: 6e-5 * (1 - 1 / 160_000) * (1 - (1 - 1 / 1500) * (1 - 1e-6)),
+        1500: 6e-5 * (1 - 1500 / 160_000),
+        80_000: 3e-5,
+        159_999: 3.75e-10,
+    }.items():
+        assert abs(rate(step) - expected) < 1e-12 * 6e-5
+    assert rate(1) == pytest.approx(4.00597e-8, rel=2e-6)  # as the running schedulers gave them
+    assert rate(1499) == pytest.approx(5.93982e-5, rel=2e-6)
+    fpn = schedules.polynomial(1e-4, 1e-6, 0.9, 80_000)
+    assert fpn(0) == 1e-4 and fpn(40_000) == pytest.approx(1e-6 + 9.9e-5 * 0.5**0.9, rel=1e-12)
+    assert fpn(79_999) > 1e-6

@@ -28,6 +28,19 @@ BOOKKEEPING: Spec = {"mask": ((), np.bool_), "unreadable": ((), np.int32)}
 
 
 @dataclasses.dataclass(frozen=True)
+class Group:
+    """Examples of one shape in a set of several.
+
+    Attributes:
+      indices: their numbers, integers.
+      spec: shape and type of every array that `load` gives of them.
+    """
+
+    indices: np.ndarray
+    spec: Spec
+
+
+@dataclasses.dataclass(frozen=True)
 class Examples:
     """Examples of a task.
 
@@ -37,11 +50,13 @@ class Examples:
         `spec`. It runs on the host, in worker processes, too: it pickles, and imports no JAX. It
         raises `decode.UnreadableImage` where an image does not decode.
       spec: shape and type of every array that `load` gives.
+      groups: of a set to evaluate on whose shapes differ, in place of `spec`, the largest first.
     """
 
     source: Source
     load: Load
-    spec: Spec
+    spec: Spec = dataclasses.field(default_factory=dict)
+    groups: tuple[Group, ...] = ()
 
 
 def batch_spec(examples: Examples) -> Spec:

@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 
 from stvit_jax.data import processes
+from stvit_jax.data.batching import Batching
 from stvit_jax.data.examples import Batch, Examples
 from stvit_jax.data.order import Order
 from stvit_jax.data.parts import EvalPart, Part, TrainPart
@@ -59,7 +60,7 @@ def eval_batches(
     slots: slice | np.ndarray = slice(None),
     workers: int = 0,
 ) -> "Batches":
-    """Every example once, in order; the last batch is padded.
+    """Every example once, as `Batching` has it; the last batch, or that of a group, is padded.
 
     Args:
       examples: what is loaded.
@@ -74,9 +75,10 @@ def eval_batches(
     Raises, when iterated:
       UserError: a damaged file, or a worker was killed.
     """
-    part = EvalPart(examples, np.arange(batch_size)[slots], batch_size)
-    size = len(examples.source)
-    return Batches(part, 0, -(-size // batch_size), 0 if size <= IN_PROCESS_EXAMPLES else workers)
+    batching = Batching.of(examples, batch_size)
+    part = EvalPart(examples, np.arange(batch_size)[slots], batching)
+    few = len(examples.source) <= IN_PROCESS_EXAMPLES
+    return Batches(part, 0, len(batching), 0 if few else workers)
 
 
 class Batches(Iterator[Batch]):

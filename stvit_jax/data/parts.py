@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from stvit_jax.console import warn
+from stvit_jax.data.batching import NONE, Batching
 from stvit_jax.data.decode import UnreadableImage
-from stvit_jax.data.examples import Batch, Examples, batch_spec, zeros
+from stvit_jax.data.examples import Batch, Examples, Spec, batch_spec, zeros
 from stvit_jax.data.order import Order, image_rng
 from stvit_jax.errors import UserError, one_line
 
@@ -37,10 +38,14 @@ class Part:
         """Parts of a batch."""
         return -(-len(self.slots) // PART)
 
+    def spec(self, batch: int) -> Spec:
+        """What every example of a batch has."""
+        return batch_spec(self.examples)
+
     def __call__(self, number: int) -> Batch:
         batch, part = divmod(int(number), self.per_batch)
         slots = self.slots[part * PART : (part + 1) * PART]
-        rows = zeros(batch_spec(self.examples), len(slots))
+        rows = zeros(self.spec(batch), len(slots))
         self.fill(rows, batch, slots)
         return rows
 
@@ -84,12 +89,15 @@ class TrainPart(Part):
 class EvalPart(Part):
     """Of batches that hold every example once; unreadable ones are marked."""
 
-    batch_size: int
+    batching: Batching
+
+    def spec(self, batch: int) -> Spec:
+        return self.batching.specs[batch]
 
     def fill(self, rows: Batch, batch: int, slots: np.ndarray) -> None:
         source = self.examples.source
-        indices = batch * self.batch_size + slots
-        rows["mask"][:] = indices < len(source)
+        indices = self.batching.indices[batch, slots]
+        rows["mask"][:] = indices != NONE
         for row in np.flatnonzero(rows["mask"]):
             index = int(indices[row])
             try:

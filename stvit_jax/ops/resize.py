@@ -7,6 +7,8 @@ computed in float32, and the result is rounded once.
 Shapes: B images, H x W pixels, C channels.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +44,24 @@ def bilinear(x: jax.Array, size: Size) -> jax.Array:
     return y.astype(x.dtype)
 
 
+def bilinear_each(x: jax.Array, sizes: jax.Array, size: Size) -> jax.Array:
+    """`bilinear`, each map to a size of its own that is known only when it runs.
+
+    Args:
+      x: (B, H, W, C), of floats.
+      sizes: integers (B, 2), heights and widths to take them to; (2 n + 1) H is within int32.
+      size: of the result, at least as large as any.
+
+    Returns:
+      (B, *size, C), in the dtype of x; of map i the first `sizes[i]` rows and columns are meant.
+    """
+    y = x.astype(wide(x.dtype))
+    for axis in (1, 2):
+        own = partial(_gathered, axis=axis - 1, count=size[axis - 1])
+        y = jax.vmap(own)(y, sizes[:, axis - 1])
+    return y.astype(x.dtype)
+
+
 def nearest(x: jax.Array, size: Size) -> jax.Array:
     """Takes pixel floor(i n_in / n_out) for pixel i of an axis, (B, H, W, C) to (B, *size, C).
 
@@ -73,6 +93,20 @@ def adaptive_average_pool(x: jax.Array, bins: int) -> jax.Array:
             matrix[i, start:stop] = 1 / (stop - start)
         y = _along(y, axis, matrix)
     return y.astype(x.dtype)
+
+
+def _gathered(x: jax.Array, n_out: jax.Array, axis: int, count: int) -> jax.Array:
+    """`count` pixels along an axis of (H, W, C), the first `n_out` of which make up the map."""
+    n_in = x.shape[axis]
+    # Whole numbers: where a pixel lies is exact, at any precision.
+    at = jnp.maximum((2 * jnp.arange(count) + 1) * n_in - n_out, 0)
+    below, rest = jnp.divmod(at, 2 * n_out)
+    below = jnp.minimum(below, n_in - 1)
+    part = (rest / (2 * n_out)).astype(x.dtype)[:, None]
+    part = part[:, None] if axis == 0 else part
+    lower = jnp.take(x, below, axis, mode="clip")
+    upper = jnp.take(x, jnp.minimum(below + 1, n_in - 1), axis, mode="clip")
+    return lower * (1 - part) + upper * part
 
 
 def _enlarged(x: jax.Array, axis: int, ratio: int) -> jax.Array:

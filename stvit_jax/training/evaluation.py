@@ -17,7 +17,7 @@ def evaluate(
     evaluation: Evaluation,
     measure: Callable[[Variables, Batch], Tree],
     variables: dict[str, Variables],
-    batches: Iterable[Batch],
+    batches: Iterable[tuple[Batch, int]],
     interrupted: Callable[[], bool],
     agree: Callable[[], None],
     watchdog: Watchdog,
@@ -26,9 +26,9 @@ def evaluate(
 
     Args:
       evaluation: what is counted.
-      measure: its `measure`, compiled.
+      measure: its `measure`, compiled for the shapes of a batch.
       variables: suffix (`RAW`, `AVERAGED`) to network variables.
-      batches: of the whole data set, padded and masked.
+      batches: of the whole data set, padded and masked, each with its count of examples.
       interrupted: whether to end early; asked before every batch.
       agree: called after the last batch; raises where another process has met a fault.
       watchdog: is told of every batch.
@@ -46,7 +46,7 @@ def evaluate(
     progress = Progress(f"evaluating {evaluation.examples.source.name}", size)
     seen = 0
     waiting = None  # read one batch late, so that the next is already under way
-    for batch in batches:
+    for batch, count in batches:
         if interrupted():
             raise Interrupted
         watchdog.at(f"the devices, evaluating after {seen} of {size} images")
@@ -54,7 +54,7 @@ def evaluate(
         if waiting is not None:
             _join(evaluation, joined, waiting)
         waiting = measured
-        progress.update(min(seen := seen + len(batch["mask"]), size))
+        progress.update(seen := seen + count)
         watchdog.at(f"the data of {evaluation.examples.source.name} after {seen} of {size} images")
     _join(evaluation, joined, waiting)
     agree()

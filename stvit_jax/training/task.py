@@ -48,6 +48,7 @@ class Evaluation:
       describe: the metrics in words, for the console.
       score: the metric that tells the better of two weights, larger is better.
       report: (everything joined, folder) writes more of it there, at the end of a run.
+      batch_size: of the global batch; None: that of training.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Evaluation:
     describe: Callable[[Metrics], str]
     score: str
     report: Callable[[Any, Path], None] | None = None
+    batch_size: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,3 +102,13 @@ def test_bfloat16_is_rounded_once(after):
     y = resize.bilinear(x, after)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
+
+
+def test_every_map_has_its_own_size():
+    x = numbers((9, 7))
+    sizes, size = np.array([[13, 4], [18, 11]]), (20, 16)
+    with jax.enable_x64(True):
+        together = jax.jit(lambda x, s: resize.bilinear_each(x, s, size))(x, sizes)
+        for i, (height, width) in enumerate(sizes):
+            alone = resize.bilinear(jnp.asarray(x[i : i + 1]), (height, width))
+            np.testing.assert_allclose(together[i, :height, :width], alone[0], rtol=0, atol=1e-13)

@@ -128,3 +128,23 @@ def test_multipliers_scale_steps_and_decay():
     jax.tree.map(
         lambda plain, own, m: np.testing.assert_allclose(own, plain * m, rtol=1e-6), *updates, of
     )
+
+
+def test_segmentation_s_rule_spares_what_is_called_norm():
+    """As many numbers of the backbones as the published names give."""
+    expected = {"stvit_small": 20_992, "stvit_base": 39_936, "stvit_large": 61_440}
+    for name, spared in expected.items():
+        segmenter = stvit_jax.create_segmenter("upernet", name)
+        images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+        params = jax.eval_shape(segmenter.init, jax.random.key(0), images)["params"]
+        counts = jax.tree.map(
+            lambda p, decayed: 0 if decayed else p.size,
+            params["backbone"],
+            optimizer.DECAYED["mmseg"](params["backbone"]),
+        )
+        assert sum(jax.tree.leaves(counts)) == spared
+        mask = optimizer.DECAYED["mmseg"](params)
+        assert all(jax.tree.leaves(mask["decode_head"])) and not any(
+            jax.tree.leaves(mask["norm_0"])
+        )
+        assert all(jax.tree.leaves(optimizer.DECAYED["all"](params)))

@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from stvit_jax import config as configs
-from stvit_jax import plans, tasks
+from stvit_jax import plans, tasks, validation
 from stvit_jax.augment import augment_batch
 from stvit_jax.data.order import Order
 from stvit_jax.training.meter import Plan
@@ -65,7 +65,7 @@ DROP_PATH = {"stvit_small": 0.1, "stvit_base": 0.4, "stvit_large": 0.4}
 @pytest.mark.parametrize("argument", ["", "384"])
 def test_the_configs_are_the_published_commands(name: str, argument: str) -> None:
     config = importlib.import_module(f"configs.{name}").get_config(argument)
-    configs.validate(config)
+    validation.validate(config)
     expected = ALWAYS | (FINE_TUNE if argument else TRAIN)
     expected |= {"model.name": name, "model.drop_path_rate": DROP_PATH[name]}
     if (name, argument) == ("stvit_large", ""):
