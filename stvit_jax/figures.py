@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from stvit_jax import places
 from stvit_jax.errors import UserError, reason
 
@@ -19,6 +21,23 @@ def figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure  # takes a second
 
     return Figure((width, height), layout="constrained")
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """A picture under the colours of its classes.
+
+    Args:
+      image: uint8 (H, W, 3), RGB.
+      labels: integers (H, W); what is no row of the palette stays without colour.
+      palette: uint8 (K, 3), RGB.
+
+    Returns:
+      uint8 (H, W, 3).
+    """
+    labelled = labels < len(palette)
+    colours = palette[np.where(labelled, labels, 0)]
+    mixed = (image.astype(np.uint16) + colours) // 2
+    return np.where(labelled[..., None], mixed, image).astype(np.uint8)
 
 
 def output(flag: str, text: str) -> Path:

@@ -25,7 +25,8 @@ ARROWS = {
     "recipes": {"config", "errors"},
     "command_line": {"config"} | GROUND,
     "following": {"evaluator", "training", "checkpoints", "models.settings"} | GROUND,
-    "run": {"tasks", "following", "trainer", "evaluator", "training", "data", "validation"} | GROUND,
+    "run": {"tasks", "following", "trainer", "evaluator", "training", "data", "validation"}
+    | GROUND,
     "trainer": {"evaluator", "plans", "training", "checkpoints", "data", "config"}
     | {"models.settings"}
     | GROUND,

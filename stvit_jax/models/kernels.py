@@ -61,3 +61,18 @@ def kernels_of(dtype: Any, device: Any = None) -> Kernels:
         # wgmma's generation is its own: sm_90a runs on nothing else.
         depthwise="mosaic_gpu" if generation == 9 else "plain",
     )
+
+
+def kernels_for(choice: str, dtype: Any, mesh: Mesh, deterministic: bool) -> Kernels:
+    """Those of a run.
+
+    Args:
+      choice: "auto", what suits the devices; "plain", XLA's own.
+      dtype: of the maps.
+      mesh: the devices.
+      deterministic: whether results have to repeat bit by bit.
+    """
+    kernels = kernels_of(dtype, mesh.devices.flat[0]) if choice == "auto" else PLAIN
+    if deterministic and kernels.attention == "cudnn":
+        kernels = kernels._replace(attention="plain")  # cuDNN's gradient adds as threads come
+    return kernels._replace(mesh=mesh if mesh.size > 1 else None)

@@ -55,7 +55,7 @@ def bilinear_each(x: jax.Array, sizes: jax.Array, size: Size) -> jax.Array:
     Returns:
       (B, *size, C), in the dtype of x; of map i the first `sizes[i]` rows and columns are meant.
     """
-    y = x.astype(wide(x.dtype))
+    y, sizes = x.astype(wide(x.dtype)), jnp.maximum(sizes, 1)  # 0 in place of a picture
     for axis in (1, 2):
         own = partial(_gathered, axis=axis - 1, count=size[axis - 1])
         y = jax.vmap(own)(y, sizes[:, axis - 1])

@@ -45,24 +45,26 @@ def confusion(predicted: jax.Array, labels: jax.Array, classes: int) -> jax.Arra
     """Exact counts of pixels by label and prediction.
 
     Args:
-      predicted: integers, any shape, in 0 to K - 1.
+      predicted: integers, any shape, in 0 to K - 1, or K where there is no answer.
       labels: integers, likewise, or `IGNORED`, which counts nowhere.
       classes: K.
 
     Returns:
-      (K, K) int32, rows by label: fewer than 2**31 pixels at once. More are added up on the host.
+      (K, K + 1) int32, rows by label: fewer than 2**31 pixels at once. More are added up on the
+      host.
     """
-    index = labels.astype(jnp.int32) * classes + predicted.astype(jnp.int32)
-    index = jnp.where(labels == IGNORED, classes**2, index)
-    counts = jnp.zeros(classes**2, jnp.int32).at[index.ravel()].add(1, mode="drop")
-    return counts.reshape(classes, classes)
+    size = classes * (classes + 1)
+    index = labels.astype(jnp.int32) * (classes + 1) + predicted.astype(jnp.int32)
+    index = jnp.where(labels == IGNORED, size, index)
+    counts = jnp.zeros(size, jnp.int32).at[index.ravel()].add(1, mode="drop")
+    return counts.reshape(classes, classes + 1)
 
 
 def scores(counts: np.ndarray) -> dict[str, float]:
     """The measures of a whole set, 0 to 1; on the host.
 
     Args:
-      counts: (K, K) integers: the sum of `confusion` over the set.
+      counts: (K, K + 1) integers: the sum of `confusion` over the set.
 
     Returns:
       `miou`, the mean of intersection / union over the classes that are labelled or predicted
@@ -70,7 +72,7 @@ def scores(counts: np.ndarray) -> dict[str, float]:
       classes that are labelled. Not a number where there is nothing to divide by.
     """
     counts = np.asarray(counts, np.int64)
-    right, labelled, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
+    right, labelled, predicted = np.diag(counts), counts.sum(1), counts.sum(0)[:-1]
     union = labelled + predicted - right
     return {
         "miou": _mean(right[union > 0] / union[union > 0]),

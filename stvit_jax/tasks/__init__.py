@@ -7,7 +7,10 @@ from ml_collections import ConfigDict
 
 from stvit_jax.training.task import Task
 
-TASKS = {"classification": "stvit_jax.tasks.classification"}  # config.task to its room
+TASKS = {  # config.task to its room
+    "classification": "stvit_jax.tasks.classification",
+    "segmentation": "stvit_jax.tasks.segmentation",
+}
 
 
 def build(config: ConfigDict, mesh: Mesh) -> Task:

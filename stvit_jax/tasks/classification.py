@@ -28,7 +28,7 @@ from stvit_jax.data.sources import open_source
 from stvit_jax.errors import UserError, listing
 from stvit_jax.models import fold
 from stvit_jax.models.depth import multipliers
-from stvit_jax.models.kernels import PLAIN, kernels_of
+from stvit_jax.models.kernels import kernels_for
 from stvit_jax.models.settings import absent
 from stvit_jax.models.settings import images as input_of
 from stvit_jax.models.stvit import STViT, create_model
@@ -121,18 +121,13 @@ def create(config: ConfigDict, mesh: Mesh, classes: int, whose: str) -> STViT:
             f"config.model.num_classes is {config.model.num_classes}, but {whose} {classes} "
             f"classes: leave it out, or set {classes}"
         )
-    dtype = jnp.dtype(config.dtype)
-    kernels = kernels_of(dtype, mesh.devices.flat[0]) if config.kernels == "auto" else PLAIN
-    if config.deterministic and kernels.attention == "cudnn":
-        kernels = kernels._replace(attention="plain")  # cuDNN's gradient adds as threads come
-    kernels = kernels._replace(mesh=mesh if mesh.size > 1 else None)
     try:
         return create_model(
             config.model.name,
-            dtype=dtype,
+            dtype=jnp.dtype(config.dtype),
             group_size=config.group_size,
             remat=config.remat,
-            kernels=kernels,
+            kernels=kernels_for(config.kernels, config.dtype, mesh, config.deterministic),
             **settings,
         )
     except UserError as error:
