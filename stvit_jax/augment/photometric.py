@@ -3,8 +3,8 @@
 Brightness, contrast before or after the rest, saturation, hue: each with probability 1/2.
 
 Levels are those of OpenCV, with uint8 between the steps: to hue, saturation and value in fixed
-point, and back in float32, truncated as its vector code does. (OpenCV differs from itself by a level
-there, between machines and widths of images: its scalar code rounds.)
+point, and back in float32, truncated as its vector code does. (OpenCV differs from itself by a
+level there, between machines and widths of images: its scalar code rounds.)
 
 Shapes: B batch; images of any shape behind it, RGB last.
 """

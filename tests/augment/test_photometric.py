@@ -12,9 +12,11 @@ from stvit_jax.augment.photometric import Draws, _quotient, distort, draw, photo
 GOLDEN = Path(__file__).parents[1] / "golden/segmentation_transforms.npz"
 RUNS = 12
 
+jitted = jax.jit(distort)
+
 
 def parsed(draws: np.ndarray) -> tuple[float | bool, ...]:
-    """mmsegmentation's draws in their order, a coin before every step, as those of `Draws`."""
+    """What mmsegmentation drew, in its order, a coin before every step, as `Draws` has it."""
     rest = iter(draws.tolist())
 
     def step(nothing: float) -> float:
@@ -45,7 +47,7 @@ def golden() -> tuple[np.ndarray, Draws, np.ndarray]:
 
 def test_the_levels_are_mmsegmentations() -> None:
     images, draws, expected = golden()
-    out = np.asarray(jax.jit(distort)(images, draws))
+    out = np.asarray(jitted(images, draws))
     assert out.dtype == np.uint8
     difference = np.abs(out.astype(int) - expected)
     round_trips = draws.saturates.astype(int) + draws.turns
@@ -80,17 +82,17 @@ def test_draws_are_uniform_with_a_coin_for_every_step() -> None:
 
 def test_key_and_row_decide_alone() -> None:
     images = np.random.default_rng(0).integers(0, 256, (6, 5, 7, 3), np.uint8)
-    key = jax.random.key(1)
-    jitted = jax.jit(photometric)
-    whole = np.asarray(jitted(key, images))
-    rows = jnp.array([4, 1, 0, 5, 3, 2])
-    np.testing.assert_array_equal(jitted(key, images[rows], rows), whole[rows])
+    rows = np.array([4, 1, 0, 5, 3, 2])
+    program = jax.jit(photometric)
+    whole = np.asarray(program(jax.random.key(1), images, np.arange(6)))
+    np.testing.assert_array_equal(program(jax.random.key(1), images[rows], rows), whole[rows])
     assert (whole != images).any()
-    assert (whole != jitted(jax.random.key(2), images)).any()
+    assert (whole != program(jax.random.key(2), images, np.arange(6))).any()
 
 
 def test_nothing_drawn_changes_nothing() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
-    off = np.zeros(2, bool)
-    draws = Draws(*(np.float32([v, v]) for v in (0, 1)), off, off, np.float32([0, 0]), off, off * 9)
-    np.testing.assert_array_equal(distort(images, draws), images)
+    images, draws, _ = golden()
+    off = np.zeros(RUNS, bool)
+    draws = draws._replace(brightness=np.zeros(RUNS, np.float32), saturates=off, turns=off)
+    draws = draws._replace(contrast=np.ones(RUNS, np.float32))
+    np.testing.assert_array_equal(jitted(images, draws), images)
