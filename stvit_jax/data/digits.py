@@ -20,6 +20,12 @@ from stvit_jax.errors import UserError, one_line
 HOLD_OUT = 5
 
 
+def split(target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which digits are trained on, and which are held out, by their classes; see `Digits`."""
+    held_out = np.argsort(target, kind="stable")[::HOLD_OUT]
+    return np.setdiff1d(np.arange(len(target)), held_out), held_out
+
+
 class Digits(tfds.core.GeneratorBasedBuilder):
     """Handwritten digits: 1,437 images to train on, 360 to test.
 
@@ -48,8 +54,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         from sklearn.datasets import load_digits  # takes seconds, and only the first run needs it
 
         digits = load_digits()
-        held_out = np.argsort(digits.target, kind="stable")[::HOLD_OUT]
-        kept = np.setdiff1d(np.arange(len(digits.target)), held_out)
+        kept, held_out = split(digits.target)
         return {
             "train": self._generate_examples(digits, kept),
             "test": self._generate_examples(digits, held_out),
