@@ -1,0 +1,222 @@
+"""The task: what a crop becomes, what is lost on it, what is counted, which weights fit."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import stvit_jax
+from stvit_jax import parallel, recipes
+from stvit_jax.checkpoints.weights import Weights
+from stvit_jax.data.normalization import normalize
+from stvit_jax.errors import UserError
+from stvit_jax.ops import resize
+from stvit_jax.tasks import pixels
+from stvit_jax.tasks import segmentation as task
+from stvit_jax.tasks.protocol import Protocol
+from stvit_jax.training.gradients import at_once
+from tests import mini_ade
+from tests.program import NARROW_SETTINGS
+
+K = 5
+
+
+def network(**more):
+    how = dict(channels=8, dropout=0.0, num_classes=K) | NARROW_SETTINGS | more
+    return stvit_jax.create_segmenter("upernet", "stvit_tiny", **how)
+
+
+def batch(side=32):
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, K, (2, side, side)).astype(np.uint8)
+    label[0, :9], label[1, 20:], label[1, :, 30:] = 255, 255, 255
+    return {
+        "image": rng.integers(0, 256, (2, side, side, 3), np.uint8),
+        "label": label,
+        "size": np.array([[side, side], [20, 30]], np.int32),
+    }
+
+
+def test_beyond_a_scene_the_network_sees_zeros():
+    given = batch()
+    made = task.prepare(False, given, jax.random.key(0))
+    np.testing.assert_array_equal(made["image"][0], normalize(given["image"][0]))
+    np.testing.assert_array_equal(
+        made["image"][1, :20, :30], normalize(given["image"])[1, :20, :30]
+    )
+    assert not made["image"][1, 20:].any() and not made["image"][1, :, 30:].any()
+    distorted = task.prepare(True, given, jax.random.key(0))["image"]
+    assert np.abs(distorted[1] - made["image"][1]).max() > 0.1
+    assert not distorted[1, 20:].any() and np.isfinite(distorted).all()
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_loss_is_that_of_both_heads_at_the_labels_size(random_variables):
+    model = network(dtype=jnp.float64)
+    variables = jax.tree.map(partial(np.asarray, dtype=np.float64), random_variables(model))
+    given = task.prepare(False, batch(), jax.random.key(0)) | {"row": jnp.arange(2)}
+    given["image"] = given["image"].astype(jnp.float64)
+    loss = jax.jit(task.objective(model, 0.0, 0.4, False))
+    value, (stats, scalars) = loss(*variables.values(), given, jax.random.key(1), 0)
+
+    logits, _ = model.apply(
+        variables,
+        given["image"],
+        train=True,
+        mutable=["batch_stats"],
+        rngs={"dropout": jax.random.key(1)},
+        method="head_logits",
+    )
+    expected = 0.0
+    for weight, part in ((1, logits.main), (0.4, logits.auxiliary)):
+        log = np.asarray(jax.nn.log_softmax(resize.bilinear(part, (32, 32))))
+        label = given["label"].astype(int)
+        own = -np.take_along_axis(log, np.where(label == 255, 0, label)[..., None], -1)[..., 0]
+        expected += weight * np.where(label == 255, 0, own).sum() / label.size
+    assert abs(float(value) - expected) < 1e-6 * expected  # the divisor has 1.2e-7 more
+    answers = np.argmax(resize.bilinear(logits.main, (32, 32)), -1)
+    right = (answers == given["label"])[given["label"] != 255]
+    assert float(scalars["pixel_accuracy"]) == pytest.approx(right.mean(), rel=1e-6)
+    changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), stats, variables["batch_stats"])
+    assert all(jax.tree.leaves(changed))
+
+
+def test_a_frozen_backbone_s_statistics_and_their_scales_stay(random_variables):
+    model = network(freeze_bn=True)
+    variables = random_variables(model)
+    held = task.unless_frozen(model, variables["params"])
+    stem, block = held["backbone"]["patch_embed"], held["backbone"]["layers_0"]["blocks_0"]
+    assert not any(jax.tree.leaves(stem["proj_1"])) and all(jax.tree.leaves(stem["proj_0"]))
+    assert not any(jax.tree.leaves(block["norm2"])) and all(jax.tree.leaves(block["norm1"]))
+    assert all(jax.tree.leaves(held["decode_head"])) and all(jax.tree.leaves(held["norm_0"]))
+
+    given = task.prepare(False, batch(), jax.random.key(0)) | {"row": jnp.arange(2)}
+    step = at_once(task.objective(model, 0.0, 0.4, False))
+    (_, (stats, _)), _ = jax.jit(step)(*variables.values(), given, jax.random.key(1), 0)
+    before = variables["batch_stats"]
+    same = jax.tree.map(lambda a, b: bool(np.all(a == b)), stats, before)
+    assert all(jax.tree.leaves(same["backbone"])) and not any(jax.tree.leaves(same["decode_head"]))
+
+
+def test_counts_are_of_every_pixel_of_a_picture_and_no_other(random_variables):
+    model = network()
+    variables = random_variables(model)
+    rng = np.random.default_rng(2)
+    sizes = np.array([[40, 50], [33, 61], [64, 64], [0, 0]])
+    given = {
+        "image_0": rng.integers(0, 256, (4, 24, 32, 3), np.uint8),
+        "label": rng.integers(0, K, (4, 64, 64)).astype(np.uint8),
+        "size": sizes.astype(np.int32),
+        "mask": np.array([True, True, True, False]),
+        "unreadable": np.array([0, 1, 0, 0], np.int32),
+    }
+    given["label"][0, 5:9] = 255
+    counts = jax.jit(partial(pixels.measure, model, Protocol()))(variables, given)
+    assert counts["count"] == 3 and counts["unreadable"] == 1
+    expected = np.zeros((K, K + 1), int)
+    for i, (height, width) in enumerate(sizes[:3]):
+        logits = model.apply(variables, normalize(given["image_0"][i : i + 1]))
+        answers = np.argmax(resize.bilinear(logits, (height, width))[0], -1)
+        answers = np.full_like(answers, K) if i == 1 else answers
+        label = given["label"][i, :height, :width]
+        np.add.at(expected, (label[label != 255], answers[label != 255]), 1)
+    difference = np.abs(np.asarray(counts["confusion"]) - expected)
+    assert difference.sum() <= 4  # pixels whose two best classes are equal but for rounding
+    assert counts["confusion"].sum() == expected.sum() == 40 * 50 - 4 * 50 + 33 * 61 + 64 * 64
+
+    metrics = pixels.finish(pixels.add(None, counts))
+    assert metrics["aacc"] == pytest.approx(np.trace(expected) / expected.sum(), abs=1e-3)
+    assert metrics["count"] == 3 and 0 < metrics["miou"] < metrics["aacc"] + 0.1
+    assert "mIoU" in pixels.describe(metrics) and "1 of them unreadable" in pixels.describe(metrics)
+    with pytest.raises(UserError, match="none of the 2 images"):
+        pixels.finish({"count": 2, "unreadable": 2, "confusion": expected})
+    with pytest.raises(UserError, match="no pixel of the 2 images"):
+        pixels.finish({"count": 2, "unreadable": 0, "confusion": 0 * expected})
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The task of a published recipe, on a miniature of ADE20K."""
+    folder = tmp_path_factory.mktemp("ade")
+    mini_ade.write(folder)
+    config = recipes.ade20k("")
+    config.model.name, config.segmentation.channels = "stvit_tiny", 8
+    config.model.update(NARROW_SETTINGS)
+    config.image_size, config.segmentation.short_side = 64, 64
+    config.data.dir, config.dtype = str(folder), "float32"
+    mesh = parallel.make_mesh(config.batch_size, devices=jax.devices()[:1])
+    return config, task.task(config, mesh)
+
+
+def test_examples_are_what_their_specs_say_and_groups_hold_every_one_once(built):
+    config, made = built
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        crop = made.train.load(made.train.source[i], rng)
+        assert {k: (x.shape, x.dtype) for k, x in crop.items()} == {
+            k: (shape, np.dtype(dtype)) for k, (shape, dtype) in made.train.spec.items()
+        }
+    evaluated = made.evaluations[0].examples
+    assert sorted(np.concatenate([g.indices for g in evaluated.groups])) == list(
+        range(len(evaluated.source))
+    )
+    assert len(evaluated.groups) > 1
+    for group in evaluated.groups:
+        for index in group.indices:
+            scene = evaluated.load(evaluated.source[index], None)
+            assert {k: (x.shape, np.dtype(x.dtype)) for k, x in scene.items()} == {
+                k: (shape, np.dtype(dtype)) for k, (shape, dtype) in group.spec.items()
+            }
+            assert tuple(scene["size"]) == tuple(evaluated.source.sizes()[index])
+
+
+def test_a_sheet_shows_crops_under_their_labels(built):
+    _, made = built
+    rng = np.random.default_rng(0)
+    crops = [made.train.load(made.train.source[i], rng) for i in range(2)]
+    rows = made.sheet({k: np.stack([c[k] for c in crops]) for k in crops[0]}, jax.random.key(0))
+    for crop, ((before, said), (after, named)) in zip(crops, rows, strict=True):
+        np.testing.assert_array_equal(before, crop["image"])
+        assert after.shape == (64, 64, 3) and np.abs(after.astype(int) - before).max() > 20
+        assert said[0].endswith("classes") and named
+
+
+def test_weights_are_adopted_by_what_they_are_of(built, random_variables, capsys):
+    config, made = built
+    mesh = parallel.make_mesh(config.batch_size, devices=jax.devices()[:1])
+    model = task.create(config, mesh, 150, "")
+    ours = random_variables(model)
+    other = jax.tree.map(lambda x: x + 1, ours)
+
+    def found(variables, classes=None):
+        return Weights(variables, None, "W", {}, classes=classes)
+
+    adopted = made.adopt(ours, found(other, made.classes), True)
+    jax.tree.map(np.testing.assert_array_equal, adopted, other)
+    renamed = ("something else", *made.classes[1:])
+    with pytest.raises(UserError, match="label 0 is 'something else', that of the data 'wall'"):
+        made.adopt(ours, found(other, renamed), True)
+    adopted = made.adopt(ours, found(other, renamed), False)["params"]
+    head = adopted["decode_head"]
+    jax.tree.map(
+        np.testing.assert_array_equal, head["conv_seg"], ours["params"]["decode_head"]["conv_seg"]
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        head["bottleneck"],
+        other["params"]["decode_head"]["bottleneck"],
+    )
+
+    classifier = random_variables(stvit_jax.create_model("stvit_tiny", **NARROW_SETTINGS))
+    with pytest.raises(UserError, match="is of a network for classification"):
+        made.adopt(ours, found(classifier), True)
+    capsys.readouterr()
+    adopted = made.adopt(ours, found(classifier), False)
+    assert "proj, norm, head" in capsys.readouterr().out
+    stages = adopted["params"]["backbone"]["layers_0"]
+    jax.tree.map(np.testing.assert_array_equal, stages, classifier["params"]["layers_0"])
+    fewer = random_variables(network(num_classes=K))
+    with pytest.raises(UserError, match="for other classes than the 150"):
+        made.adopt(ours, found(fewer), True)
