@@ -9,7 +9,8 @@ INPUT is a file of torch.save (.pth, .pt, .bin, .ckpt) or .safetensors, with PyT
 that holds `model.safetensors` or `pytorch_model.bin`, or an index of its shards; a directory that
 this program wrote; the workdir of a run; or hf_hub:OWNER/NAME[@REVISION]. What was put round the
 names (`module.`, `_orig_mod.`, `model.`, `backbone.`) is taken off, and a head that is missing is
-initialised anew; both are said.
+initialised anew; both are said. A segmenter has mmsegmentation's names, `backbone.`, `decode_head.`
+and others, and is recognised by them.
 
 OUTPUT ends in .pth, .pt, .bin or .ckpt (the published code loads `model` of it with strict=True) or
 in .safetensors, or else is an Orbax directory. Names of the classes and the size of the pictures
@@ -30,6 +31,7 @@ import ast
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,8 @@ from stvit_jax import command_line, places, torch_weights
 from stvit_jax.checkpoints import files, fit, pretrained, weights
 from stvit_jax.console import say
 from stvit_jax.errors import UserError
-from stvit_jax.models.settings import SETTINGS, UNOPTIMIZED, create
+from stvit_jax.models.segmenter import KINDS
+from stvit_jax.models.settings import HEAD_SETTINGS, SETTINGS, UNOPTIMIZED, create
 from stvit_jax.models.stvit import list_models
 
 _TOLERANCE = 1e-9  # of the largest logit, in float64
@@ -80,7 +83,7 @@ def convert(
     found = dataclasses.replace(found, image_size=image_size or found.image_size)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(found.variables["params"]))
     say(
-        f"found      {found.settings['name']}, {found.settings['num_classes']} classes, "
+        f"found      {_called(found.settings)}, {found.settings['num_classes']} classes, "
         f"{parameters:,} parameters, {'moving average' if ema else 'raw weights'}"
     )
     for note in found.notes:
@@ -106,30 +109,48 @@ def compare(before: weights.Weights, after: weights.Weights) -> str:
     try:
         import torch
 
-        from benchmarks import torch_stvit
+        from benchmarks import torch_segmenter, torch_stvit
     except ImportError as error:
         raise UserError(f"--verify needs PyTorch and a checkout of this project: {error}") from None
-    settings = {k: v for k, v in before.settings.items() if k != "name"}
-    images = np.random.default_rng(0).normal(size=(2, 224, 224, settings["in_chans"]))
-    peer = torch_stvit.STViT(**settings).double().eval()
+    settings = {k: v for k, v in before.settings.items() if k not in ("name", *HEAD_SETTINGS)}
+    head, channels = (before.settings.get(field) for field in HEAD_SETTINGS)
+    # A segmenter's convolutions at stride 4 are tens of times as long as all else.
+    size = (1, 136, 104) if head else (2, 224, 224)
+    images = np.random.default_rng(0).normal(size=(*size, settings["in_chans"]))
+    if head:
+        name = before.settings["name"]
+        peer = torch_segmenter.create_segmenter(head, name, channels=channels, **settings)
+    else:
+        peer = torch_stvit.STViT(**settings)
+    peer = peer.double().eval()
     state_dict = torch_weights.to_torch(before.variables, partial=not settings["num_classes"])
     peer.load_state_dict({k: torch.from_numpy(v) for k, v in state_dict.items()}, strict=True)
     with torch.no_grad():
-        theirs = peer(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+        channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
+        outputs = peer.head_logits(channels_first) if head else [peer(channels_first)]
+    theirs = [np.moveaxis(x.numpy(), 1, -1) for x in outputs]
 
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         model = create(after.settings, dtype=jnp.float64)
         variables = jax.tree.map(
             lambda x: x.astype(np.float64) if x.ndim else x, fit.identify(after).variables
         )
-        apply = jax.jit(model.apply, compiler_options=UNOPTIMIZED)
-        ours = np.asarray(apply(variables, images))
-    difference, largest = np.max(np.abs(ours - theirs)), np.max(np.abs(theirs))
+        how = dict(method="head_logits", auxiliary=True) if head else {}
+        apply = jax.jit(partial(model.apply, **how), compiler_options=UNOPTIMIZED)
+        ours = [np.asarray(x) for x in jax.tree.leaves(apply(variables, images))]
+    pairs = list(zip(ours, theirs, strict=True))
+    difference = np.max([np.max(np.abs(a - b)) for a, b in pairs])
+    largest = np.max([np.max(np.abs(x)) for x in theirs])
     report = f"PyTorch and Flax in float64: largest difference {difference:.1e}, logits up to "
     report += f"{largest:.1e}"
     if not difference <= _TOLERANCE * largest:
         raise UserError(f"{report}: they do not agree")
     return report
+
+
+def _called(settings: dict[str, Any]) -> str:
+    head, channels = (settings.get(field) for field in HEAD_SETTINGS)
+    return f"{head} of {channels} channels on {settings['name']}" if head else settings["name"]
 
 
 def sha256(path: Path) -> str:
@@ -166,8 +187,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--image_size", type=int, metavar="N", help="of pictures, in pixels")
     for field in SETTINGS:
         parser.add_argument(f"--{field}", type=_setting, help="overrides the one of --model")
+    parser.add_argument("--head", choices=list(KINDS), help="of a segmenter; shapes tell it, too")
+    parser.add_argument("--channels", type=_setting, help="likewise, of its head")
     args = vars(parser.parse_args(argv))
-    overrides = {f: args.pop(f) for f in SETTINGS}
+    overrides = {f: args.pop(f) for f in (*SETTINGS, *HEAD_SETTINGS)}
     overrides = {field: value for field, value in overrides.items() if value is not None}
     if overrides and not args["model"]:
         parser.error("overrides need --model")

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from stvit_jax import cluster
 from stvit_jax.checkpoints import fit
-from stvit_jax.checkpoints.trained import PUBLISHED_SIZE
+from stvit_jax.checkpoints.pretrained import usual_size
 from stvit_jax.console import say
 from stvit_jax.errors import UserError
 from stvit_jax.evaluator import read_alike
@@ -43,7 +43,7 @@ def as_weights_have_it(config: ConfigDict, where: Path | None) -> ConfigDict:
             raise UserError(f"{where / workdir.CONFIG} cannot be read: bring it back") from None
     elif config.init_from:
         found = fit.identify(read_alike(config.init_from, config.init_from_ema))
-        settings, size = found.settings, found.image_size or PUBLISHED_SIZE
+        settings, size = found.settings, found.image_size or usual_size(found.settings)
         say(f"{found.source} is of {settings['name']}, for images of {size} pixels")
     else:
         raise UserError(

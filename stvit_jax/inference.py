@@ -21,8 +21,13 @@ def classifier(trained: Trained) -> tuple[Logits, dict[str, Any]]:
       variables.
 
     Raises:
-      UserError: it is a network of other pictures than RGB.
+      UserError: it is a network of other pictures than RGB, or a segmenter.
     """
+    if "head" in trained.settings:
+        raise UserError(
+            f"{trained.source} is of a segmenter, which has classes of pixels, not of pictures: "
+            "from Python, stvit_jax.from_pretrained loads it"
+        )
     if trained.model.in_chans != 3:
         raise UserError(
             f"{trained.source} is a network of {trained.model.in_chans} channels, and pictures "

@@ -230,6 +230,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if any(side > LARGEST or side < 1 for side in size):
         raise UserError(f"--image-size {known.image_size}: sides are 1 to {LARGEST} pixels")
     trained = load_trained(known.weights, known.ema, kernels="plain")
+    if "head" in trained.settings:
+        raise UserError(f"{trained.source} is of a segmenter: only classifiers are drawn")
     image = read_image(Path(known.image).expanduser(), size or (trained.image_size,))
     height, width = image.shape[:2]
     y, x = at[::-1] or (height // 2, width // 2)

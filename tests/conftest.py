@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 
 from stvit_jax.data import digits
+from stvit_jax.models.settings import backbone
 from tests.golden.golden_weights import weight
 from tests.program import NARROW, STEPS, WORKER, Program
 
@@ -83,7 +84,9 @@ def random_variables() -> Callable[..., dict[str, Any]]:
     """Non-trivial float32 variables of a network, without compiling its initialisation."""
 
     def draw(model: Any, image_size: int = 32) -> dict[str, Any]:
-        images = jax.ShapeDtypeStruct((1, image_size, image_size, model.in_chans), np.float32)
+        images = jax.ShapeDtypeStruct(
+            (1, image_size, image_size, backbone(model).in_chans), np.float32
+        )
         rng = np.random.default_rng(0)
 
         def leaf(path: tuple, shape: jax.ShapeDtypeStruct) -> np.ndarray:

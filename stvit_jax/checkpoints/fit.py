@@ -12,15 +12,21 @@ from stvit_jax.checkpoints.weights import Weights, read
 from stvit_jax.console import say
 from stvit_jax.errors import UserError
 from stvit_jax.models.settings import (
+    AROUND,
+    HEADS,
+    TAIL,
     UNOPTIMIZED,
+    Network,
     absent,
     abstract,
+    backbone,
     complete,
     create,
     images,
+    is_segmenter,
+    without,
 )
-from stvit_jax.models.stvit import STViT
-from stvit_jax.trees import differences, leaves, path_name
+from stvit_jax.trees import differences, leaves, nested, path_name
 
 
 def identify(weights: Weights, name: str | None = None, **overrides: Any) -> Weights:
@@ -52,14 +58,11 @@ def fill(weights: Weights) -> Weights:
     missing = tuple(module for module in missing if module in abstract(model)["params"])
     if not missing:
         return weights
-    initial = _initial(model, missing)
-    variables = {
-        collection: {**tree, **jax.tree.map(np.asarray, initial.get(collection, {}))}
-        for collection, tree in weights.variables.items()
+    initial = {
+        path: np.asarray(x, np.int64) if path.endswith("/count") else np.asarray(x)
+        for path, x in _initial(model, missing).items()
     }
-    variables = jax.tree_util.tree_map_with_path(
-        lambda path, x: x.astype(np.int64) if path[-1].key == "count" else x, variables
-    )
+    variables = nested(leaves(weights.variables) | initial)
     note = f"{', '.join(missing)} {_are(missing)} not in it: initialised anew, to be trained"
     return dataclasses.replace(weights, variables=variables, notes=(*weights.notes, note))
 
@@ -75,72 +78,60 @@ def merge(variables: Any, weights: Weights) -> Any:
       The same tree: numpy arrays in the dtypes of `variables`. Where the number of classes
       differs, or the file has no head, or nothing after the stages, these leaves are those of
       `variables`; what the file has after the stages and `variables` have not is dropped; a line
-      says so.
+      says so. A segmenter takes the stages of a network for classification, and the other way
+      round; of a segmenter with another head, what is before the head.
 
     Raises:
       UserError: anything else differs (all differences listed).
     """
-    ours, theirs = leaves(variables), leaves(weights.variables)
-    modules = _anew(variables, weights)
-    kept = [path for path in ours if path.split("/")[1] in modules]
-    dropped = tuple(m for m in absent(variables) if m not in absent(weights.variables))
-    if dropped:
-        say(
-            f"{weights.source}: its {', '.join(dropped)} {_are(dropped)} dropped; this network has "
-            "none"
-        )
-    if missing := tuple(m for m in absent(weights.variables) if m in modules):
-        say(
-            f"{weights.source}: {', '.join(missing)} {_are(missing)} not in it; re-initialised, "
-            "to be trained"
-        )
-    elif modules:
-        classes = [side["params/head/kernel"].shape[-1] for side in (theirs, ours)]
-        say(
-            f"{weights.source}: its head has {classes[0]} classes, this network {classes[1]}; "
-            "the head is re-initialised"
-        )
+    ours, plan = leaves(variables), _plan(variables, weights)
+    for line in plan.lines:
+        say(f"{weights.source}: {line}")
     differing = differences(
-        {p: x for p, x in theirs.items() if p not in kept and p.split("/")[1] not in dropped},
-        {path: x for path, x in ours.items() if path not in kept},
+        {path: x for path, x in plan.theirs.items() if not _within(path, plan.anew)},
+        {path: x for path, x in ours.items() if not _within(path, plan.anew)},
     )
     if differing:
         raise UserError(f"{weights.source} does not fit this network: {'; '.join(differing)}")
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: (
-            leaf if path_name(path) in kept else theirs[path_name(path)].astype(leaf.dtype)
-        ),
-        variables,
-    )
+
+    def leaf(path: Any, own: Any) -> Any:
+        name = path_name(path)
+        return own if _within(name, plan.anew) else plan.theirs[name].astype(own.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, variables)
 
 
 def has_other_head(variables: Any, weights: Weights) -> bool:
-    """Whether `merge` keeps the head of `variables`: of another class count there, or missing."""
-    return "head" in _anew(variables, weights)
+    """Whether `merge` keeps the head of `variables`: another one in the file, or none."""
+    return any(
+        module.startswith(("head", "decode_head")) for module in _plan(variables, weights).anew
+    )
 
 
-def check_heads(model: STViT, weights: Weights) -> None:
+def check_heads(model: Network, weights: Weights) -> None:
     """Raises UserError where the file was made with other attention heads: shapes do not show it.
 
     The other settings that shapes do not show, `n_iter` and `stoken_size`, are for users to change.
     """
+    ours = backbone(model).num_heads
     try:
-        theirs = create(weights.settings).num_heads if weights.settings else model.num_heads
+        theirs = backbone(create(weights.settings)).num_heads if weights.settings else ours
     except UserError as error:
         raise UserError(f"{weights.source}: {error}") from None
-    if tuple(theirs) != tuple(model.num_heads):
+    if tuple(theirs) != tuple(ours):
         raise UserError(
             f"{weights.source} has num_heads {tuple(theirs)}, this network "
-            f"{tuple(model.num_heads)}; set model.num_heads to the same"
+            f"{tuple(ours)}; set model.num_heads to the same"
         )
 
 
-def load_weights(model: STViT, path: str | Path, ema: bool = False) -> dict[str, Any]:
+def load_weights(model: Network, path: str | Path, ema: bool = False) -> dict[str, Any]:
     """Variables of a network from a file of any form.
 
     Args:
-      model: of any image size and number of classes; a head of another size, or one that is not
-        there, is initialised anew (key 0), and a line says so.
+      model: of any image size and number of classes, for classification or a segmenter; a head of
+        another size, or what is not there, is initialised anew (key 0), and a line says so, see
+        `merge`.
       path: see `weights`.
       ema: the moving average in place of the raw weights.
 
@@ -158,39 +149,98 @@ def load_weights(model: STViT, path: str | Path, ema: bool = False) -> dict[str,
     return fitted(model, read(path, ema))
 
 
-def fitted(model: STViT, weights: Weights) -> dict[str, Any]:
+def fitted(model: Network, weights: Weights) -> dict[str, Any]:
     """As `load_weights`, of weights as read; `model` is not folded."""
     check_heads(model, weights)
     variables = abstract(model)
-    if modules := _anew(variables, weights):
+    if modules := _plan(variables, weights).anew:
         initial = _initial(model, modules)
-        variables = {name: tree | initial.get(name, {}) for name, tree in variables.items()}
+        variables = nested({path: initial.get(path, x) for path, x in leaves(variables).items()})
     return jax.tree.map(jnp.asarray, merge(variables, weights))
 
 
-def _anew(variables: Any, weights: Weights) -> tuple[str, ...]:
-    """The modules that these weights do not have, or have for another number of classes."""
-    ours, theirs = (leaves(v).get("params/head/kernel") for v in (variables, weights.variables))
-    other = (
-        ours is not None
-        and theirs is not None
-        and ours.shape[:-1] == theirs.shape[:-1]
-        and ours.shape[-1] != theirs.shape[-1]
-    )
-    if other:
-        return ("head",)
-    return tuple(m for m in absent(weights.variables) if m not in absent(variables))
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How weights go into the variables of a network.
+
+    Attributes:
+      theirs: leaves of the file, by their paths in the network, without what is dropped.
+      anew: modules of the network that these weights leave as they are.
+      lines: what is to be said of it.
+    """
+
+    theirs: dict[str, Any]
+    anew: tuple[str, ...]
+    lines: tuple[str, ...]
 
 
-def _initial(model: STViT, modules: tuple[str, ...]) -> dict[str, Any]:
-    """Initial values of some modules at the top, from key 0."""
+def _plan(variables: Any, weights: Weights) -> _Plan:
+    held, lines, anew = weights.variables, [], ()
+    into, out_of = is_segmenter(variables), is_segmenter(held)
+    ours, modules = leaves(variables), variables["params"]
+    if into and not out_of:
+        may_miss, dropped = AROUND, tuple(m for m in TAIL if m in held["params"])
+        held = {name: {"backbone": tree} for name, tree in without(held, TAIL).items()}
+    elif out_of and not into:
+        may_miss, dropped = TAIL, tuple(m for m in held["params"] if m != "backbone")
+        held = {name: tree.get("backbone", {}) for name, tree in held.items()}
+    else:
+        may_miss = () if into else TAIL
+        dropped = tuple(m for m in may_miss if m in held["params"] and m not in modules)
+        held = without(held, dropped)
+    if dropped:
+        lines.append(f"its {', '.join(dropped)} {_are(dropped)} dropped; this network has none")
+    theirs = leaves(held)
+    missing = tuple(m for m in may_miss if m in modules and m not in held["params"])
+    if missing:
+        anew = missing
+        lines.append(
+            f"{', '.join(missing)} {_are(missing)} not in it; re-initialised, to be trained"
+        )
+    elif into:
+        kinds, widths, classes = zip(_head(theirs), _head(ours), strict=True)
+        if (kinds[0], widths[0]) != (kinds[1], widths[1]):
+            anew = HEADS
+            lines.append(
+                f"its head is {kinds[0]} of {widths[0]} channels, that of this network {kinds[1]} "
+                f"of {widths[1]}; the head is re-initialised"
+            )
+        elif classes[0] != classes[1]:
+            anew = tuple(f"{head}/conv_seg" for head in HEADS)
+            lines.append(
+                f"its head has {classes[0]} classes, this network {classes[1]}; conv_seg is "
+                "re-initialised"
+            )
+    else:
+        shapes = [side.get("params/head/kernel", np.zeros(0)).shape for side in (theirs, ours)]
+        if shapes[0][:-1] == shapes[1][:-1] and shapes[0] != shapes[1]:
+            anew = ("head",)
+            lines.append(
+                f"its head has {shapes[0][-1]} classes, this network {shapes[1][-1]}; the head is "
+                "re-initialised"
+            )
+    return _Plan(theirs, anew, tuple(lines))
 
-    def init(key: jax.Array) -> dict[str, Any]:
-        variables = model.lazy_init(key, images(model))
-        return {
-            collection: {module: x for module, x in tree.items() if module in modules}
-            for collection, tree in variables.items()
-        }
+
+def _head(paths: dict[str, Any]) -> tuple[str, int | None, int | None]:
+    """Kind, width and number of classes of a segmenter's head."""
+    kernel = paths.get("params/decode_head/conv_seg/kernel")
+    width, classes = (None, None) if kernel is None or kernel.ndim != 2 else kernel.shape
+    neck = any(path.startswith("params/decode_head/neck/") for path in paths)
+    return "fpn" if neck else "upernet", width, classes
+
+
+def _within(path: str, modules: tuple[str, ...]) -> bool:
+    """Whether a leaf, `params/head/kernel`, is in one of these modules."""
+    return f"{path.partition('/')[2]}/".startswith(tuple(f"{module}/" for module in modules))
+
+
+def _initial(model: Network, modules: tuple[str, ...]) -> dict[str, jax.Array]:
+    """Initial values of the leaves of some modules, from key 0."""
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        whole = leaves(model.lazy_init(key, images(model)))
+        return {path: x for path, x in whole.items() if _within(path, modules)}
 
     options = UNOPTIMIZED if jax.default_backend() == "cpu" else None
     return jax.jit(init, compiler_options=options)(jax.random.key(0))

@@ -2,7 +2,8 @@
 
 `model.safetensors` has PyTorch's names, for `load_state_dict(..., strict=True)`, and the settings
 in its metadata, as `weights` writes it. `config.json` says `architecture`, `num_classes`,
-`label_names` and `pretrained_cfg` as timm does; `stvit_config`, the settings, and `image_size`.
+`label_names` and `pretrained_cfg` as timm does; `stvit_config`, the settings, and `image_size`. A
+segmenter has mmsegmentation's names, and nothing of what timm says of pooling and cropping.
 """
 
 import contextlib
@@ -22,16 +23,22 @@ from stvit_jax.data.decode import SMALL_SIZE, crop_share
 from stvit_jax.data.normalization import MEAN, STD
 from stvit_jax.errors import UserError, kind_of, listing, reason
 from stvit_jax.models import settings
-from stvit_jax.models.settings import abstract, create
-from stvit_jax.models.stvit import VARIANTS, STViT
+from stvit_jax.models.settings import Network, Settings, abstract, backbone, create
+from stvit_jax.models.stvit import VARIANTS
 from stvit_jax.trees import differences, leaves
 
-PUBLISHED_SIZE = 224  # of the pictures that most released weights are for
+_PUBLISHED_SIZE = 224  # of the pictures that most released weights are for
+_CROP_SIZE = 512  # likewise, of segmenters
+
+
+def usual_size(settings: Settings) -> int:
+    """Side in pixels of the pictures that most released networks of such settings are for."""
+    return _CROP_SIZE if "head" in settings else _PUBLISHED_SIZE
 
 
 def save_pretrained(
     path: str | Path,
-    model: STViT,
+    model: Network,
     variables: Mapping[str, Any],
     *,
     classes: Sequence[str] | None = None,
@@ -42,18 +49,18 @@ def save_pretrained(
 
     Args:
       path: of the folder, which is not there yet.
-      model: with or without a classifier (`num_classes=0`).
+      model: with or without a classifier (`num_classes=0`), or a segmenter.
       variables: its own, `{"params": ..., "batch_stats": ...}`.
       classes: names by label.
       image_size: side in pixels of the pictures that it is for; None: that of most released
-        weights, 224.
+        weights, 224, or 512 for a segmenter.
       license: of the weights, as `apache-2.0`.
 
     Raises:
       UserError: the path exists or cannot be written; these are not the variables of `model`, it is
         folded or has no part after the stages; or not one name for each class.
     """
-    if model.features_only:
+    if backbone(model).features_only:
         raise UserError("a network with features_only is not whole: save the one it was made from")
     torch_weights.check_unfolded({} if model.folded else variables)
     if differing := differences(variables, abstract(model)):
@@ -62,7 +69,9 @@ def save_pretrained(
     if infinite:
         raise UserError(f"these weights are not finite, in {listing(infinite, 3)}")
     outline = ("embed_dim", "depths")
-    like = (n for n in VARIANTS if all(VARIANTS[n][f] == getattr(model, f) for f in outline))
+    like = (
+        n for n in VARIANTS if all(VARIANTS[n][f] == getattr(backbone(model), f) for f in outline)
+    )
     found = weights.Weights(
         jax.tree.map(np.asarray, dict(variables)),
         settings.of(model, next(like, "stvit_small")),
@@ -76,14 +85,15 @@ def save_pretrained(
 
 def from_pretrained(
     path: str | Path, ema: bool = False, **overrides: Any
-) -> tuple[STViT, dict[str, Any]]:
+) -> tuple[Network, dict[str, Any]]:
     """A network and its variables, from a shared folder or any other form of weights.
 
     Args:
       path: see `weights`; `hf_hub:OWNER/NAME[@REVISION]` is one.
       ema: the moving average in place of the raw weights.
       **overrides: of `create_model`: `dtype`, `features_only=True`, `num_classes` and others. A
-        head of another size, or one that is missing, is initialised anew, and a line says so.
+        head of another size, or one that is missing, is initialised anew, and a line says so. Of a
+        segmenter, those of `create_segmenter`; `features_only=True` is its backbone alone.
 
     Returns:
       `(model, variables)`, the second of `jax.Array`s.
@@ -142,26 +152,33 @@ def _whole(path: Path) -> Iterator[Path]:
 
 def _config(found: weights.Weights, license: str | None) -> dict[str, Any]:
     """What `config.json` holds; the preprocessing is that of `data.eval_image` and `normalize`."""
-    own, size = found.settings, found.image_size or PUBLISHED_SIZE
+    own, size = found.settings, found.image_size or usual_size(found.settings)
     names = {} if found.classes is None else {"label_names": list(found.classes)}
+    if "head" in own:
+        pooled, cut, prefix, classifier = {}, {}, "backbone.", "decode_head.conv_seg"
+    else:
+        pooled = {"num_features": own["projection"], "global_pool": "avg"}
+        cut = {
+            "interpolation": "bicubic",
+            "crop_pct": crop_share(size),
+            "crop_mode": "squash" if size <= SMALL_SIZE else "center",
+            "pool_size": None,
+        }
+        prefix, classifier = "", "head"
     return {
         "architecture": own["name"],
         "num_classes": own["num_classes"],
-        "num_features": own["projection"],
-        "global_pool": "avg",
+        **pooled,
         **names,
         "pretrained_cfg": {
             "input_size": [own["in_chans"], size, size],
             "fixed_input_size": False,
-            "interpolation": "bicubic",
-            "crop_pct": crop_share(size),
-            "crop_mode": "squash" if size <= SMALL_SIZE else "center",
+            **cut,
             "mean": list(MEAN),
             "std": list(STD),
             "num_classes": own["num_classes"],
-            "pool_size": None,
-            "first_conv": "patch_embed.proj.0",
-            "classifier": "head",
+            "first_conv": f"{prefix}patch_embed.proj.0",
+            "classifier": classifier,
             "license": license,
         },
         "stvit_config": own,

@@ -3,7 +3,8 @@
 People save the weights under many entries, beside moving averages, teachers and optimisers, and
 have wrapped the network before: `module.` of DistributedDataParallel, `_orig_mod.` of
 torch.compile, `model.` of Lightning, `backbone.` of a detector. The tensors are found by a name
-that every STViT has, `patch_embed.proj.0.weight`, whatever stands in front of it.
+that every STViT has, `patch_embed.proj.0.weight`, whatever stands in front of it. Where there is a
+`decode_head` beside a `backbone`, that is no wrapper: they are a segmenter's.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import numpy as np
 from stvit_jax.errors import UserError, listing, one_line
 
 _FIRST = "patch_embed.proj.0.weight"
+_BACKBONE, _HEAD = "backbone.", "decode_head."  # of a segmenter
 # Modules that wrap others, anywhere in a name. None of the network's own is called so.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Where there are several sets of weights, the first of these is meant.
@@ -137,8 +139,13 @@ def _sets(
     """Every mapping is looked through once, however often it is held."""
     known = id(held) in seen
     if not known:
-        plain = (_unwrapped(name) for name in held if isinstance(name, str))
+        plain = [_unwrapped(name) for name in held if isinstance(name, str)]
         prefixes = {name.removesuffix(_FIRST) for name in plain if name.endswith(_FIRST)}
+        segmenters = {before for before, head, _ in (n.partition(_HEAD) for n in plain) if head}
+        prefixes = {
+            p.removesuffix(_BACKBONE) if p.removesuffix(_BACKBONE) in segmenters else p
+            for p in prefixes
+        }
         seen[id(held)] = sorted(p for p in prefixes if p == "" or p.endswith("."))
     yield from (_Set(entries, prefix, held) for prefix in seen[id(held)])
     if not known and not seen[id(held)] and len(entries) < _DEPTH:

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from stvit_jax.checkpoints import fit, weights
-from stvit_jax.checkpoints.pretrained import PUBLISHED_SIZE
+from stvit_jax.checkpoints.pretrained import usual_size
 from stvit_jax.errors import UserError
-from stvit_jax.models.settings import Settings, absent, create
-from stvit_jax.models.stvit import STViT
+from stvit_jax.models.settings import Network, Settings, absent, create, is_segmenter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +15,8 @@ class Trained:
     """A network, its variables, and what is known of how it is used.
 
     Attributes:
-      model: with the settings that the file carries, or those of the variant with its shapes.
+      model: for classification, or a segmenter; with the settings that the file carries, or those
+        of the variant with its shapes.
       variables: `{"params": ..., "batch_stats": ...}`, `jax.Array`s in the dtypes of `model`.
       settings: plain values, as files carry them.
       classes: names by label, where the file carries them.
@@ -25,7 +25,7 @@ class Trained:
       source: the file or directory that was read.
     """
 
-    model: STViT
+    model: Network
     variables: dict[str, Any]
     settings: Settings
     classes: tuple[str, ...] | None
@@ -46,11 +46,12 @@ def load_trained(path: str | Path, ema: bool = False, **overrides: Any) -> Train
         classifier is missing.
     """
     found = fit.identify(weights.read(path, ema))
-    if missing := absent(found.variables):
+    if not is_segmenter(found.variables) and (missing := absent(found.variables)):
         raise UserError(
             f"{found.source} has no {' and no '.join(missing)}, so there is nothing that it says "
             "of a picture: train it first, with --config.init_from of this file"
         )
     model = create(found.settings, **overrides)
-    variables, size = fit.fitted(model, found), found.image_size or PUBLISHED_SIZE
+    variables = fit.fitted(model, found)
+    size = found.image_size or usual_size(found.settings)
     return Trained(model, variables, found.settings, found.classes, size, found.source)

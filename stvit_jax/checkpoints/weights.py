@@ -12,6 +12,9 @@ Read, not written: a folder with `model.safetensors` or `pytorch_model.bin`, or 
 `hf_hub:OWNER/NAME[@REVISION]`, see `hub`. Of a `config.json` in such a folder, see `pretrained`,
 what it says of STViT counts before what the file of weights says; any other is let alone.
 
+A segmenter's PyTorch names are mmsegmentation's. Shapes show its head and the width of that, so no
+config of a run has to say them.
+
 Settings are called `stvit_config`, names by label `class_names`, a list, and the side of the
 pictures `image_size`. `settings.py` says what settings are. Files of others carry none; a variant
 is recognised by its shapes. A file that is written here holds one set of weights; files of training
@@ -40,7 +43,7 @@ from stvit_jax.checkpoints import (
 )
 from stvit_jax.checkpoints.digests import DamagedError
 from stvit_jax.errors import UserError, listing, one_line, reason
-from stvit_jax.models.settings import SETTINGS, Settings
+from stvit_jax.models.settings import SETTINGS, Settings, is_segmenter
 from stvit_jax.trees import leaves, nested, path_name
 
 _CARRIED = ("stvit_config", "class_names", "image_size")  # beside the weights
@@ -57,7 +60,7 @@ class Weights:
 
     Attributes:
       variables: `{"params": ..., "batch_stats": ...}`, numpy: float32 or float64, counters int64.
-        What follows the stages may be missing: the head, or all of it.
+        What follows the stages may be missing: the head, or all of it; of a segmenter, nothing.
       settings: of the network, as the file carries them; None where it carries none.
       source: the file or directory that was read; of a workdir, its checkpoint.
       ignored: entries that were left out, and why.
@@ -298,7 +301,8 @@ def _read_workdir(path: Path, ema: bool, position: int | None) -> Weights:
 
 
 def _are_names(classes: Any, variables: Any) -> bool:
-    head = leaves(variables).get("params/head/bias")
+    module = "decode_head/conv_seg" if is_segmenter(variables) else "head"
+    head = leaves(variables).get(f"params/{module}/bias")
     return (
         isinstance(classes, list)
         and all(isinstance(name, str) for name in classes)

@@ -6,6 +6,9 @@
     BatchNorm before the conv-FFN             `fc1`
     layer scale                               `proj` of the attention, `fc2` of the conv-FFN
     residual of a depthwise convolution       its centre tap
+    BatchNorm in the head of a segmenter      the convolution before it, which gets a bias
+
+The auxiliary head of a segmenter is for training: it is left out.
 
 In the stem a BatchNorm follows GELU, and zeros are padded after it: a convolution that took in its
 shift would add it where the padding is, too. There the statistics become one scale and one shift.
@@ -24,14 +27,20 @@ import numpy as np
 
 from stvit_jax.errors import UserError
 from stvit_jax.models.layers import EPSILON
-from stvit_jax.models.settings import absent, abstract, without
-from stvit_jax.models.stvit import STViT
+from stvit_jax.models.settings import (
+    Network,
+    absent,
+    abstract,
+    is_segmenter,
+    with_backbone,
+    without,
+)
 from stvit_jax.trees import differences
 
 Arrays = dict[str, Any]
 
 
-def fold_batch_norm(model: STViT, variables: Mapping[str, Any]) -> tuple[STViT, Arrays]:
+def fold_batch_norm(model: Network, variables: Mapping[str, Any]) -> tuple[Network, Arrays]:
     """The same network with fewer operations, for inference only.
 
     Its outputs are equal but for rounding: to 1e-5 in float32, 1e-9 in float64. In bfloat16 they
@@ -39,7 +48,8 @@ def fold_batch_norm(model: STViT, variables: Mapping[str, Any]) -> tuple[STViT, 
     docs/performance.md has numbers.
 
     Args:
-      model: of any settings; a folded one is returned as it is, with its variables.
+      model: of any settings, a segmenter, too; a folded one is returned as it is, with its
+        variables.
       variables: its own, `{"params": ..., "batch_stats": ...}`.
 
     Returns:
@@ -49,25 +59,39 @@ def fold_batch_norm(model: STViT, variables: Mapping[str, Any]) -> tuple[STViT, 
     Raises:
       UserError: these are not the variables of `model` (all differences listed).
     """
-    folded = model.clone(folded=True)
+    folded = with_backbone(model, folded=True)
     return folded, jax.tree.map(jnp.asarray, folded_variables(model, variables))
 
 
-def folded_variables(model: STViT, variables: Mapping[str, Any]) -> Arrays:
+def folded_variables(model: Network, variables: Mapping[str, Any]) -> Arrays:
     """The second of `fold_batch_norm`, on the host: of arrays of NumPy."""
     expected = without(abstract(model), absent(variables) if "params" in variables else ())
     if differing := differences(variables, expected):
         raise UserError(f"these are not the variables of this network: {'; '.join(differing)}")
     if model.folded:
         return jax.tree.map(np.asarray, dict(variables))
-    dtype = variables["params"]["patch_embed"]["proj_0"]["kernel"].dtype
+    dtype = jax.tree.leaves(variables["params"])[0].dtype
     exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), dict(variables))
-    return {"params": jax.tree.map(lambda leaf: leaf.astype(dtype), _network(**exact))}
+    fold = _segmenter if is_segmenter(variables) else _network
+    return {"params": jax.tree.map(lambda leaf: leaf.astype(dtype), fold(**exact))}
 
 
-def fitting(model: STViT, variables: Mapping[str, Any]) -> STViT:
+def fitting(model: Network, variables: Mapping[str, Any]) -> Network:
     """`model`, or it folded: that which has such variables."""
-    return model.clone(folded="batch_stats" not in variables)
+    return with_backbone(model, folded="batch_stats" not in variables)
+
+
+def _segmenter(params: Arrays, batch_stats: Arrays) -> Arrays:
+    head, stats = params["decode_head"], batch_stats["decode_head"]
+    head = {
+        name: {"conv": _followed_by(module["conv"], *_constants(module["bn"], stats[name]["bn"]))}
+        if name in stats
+        else module
+        for name, module in head.items()
+    }
+    folded = {name: module for name, module in params.items() if name.startswith("norm_")}
+    whole = _network(params["backbone"], batch_stats["backbone"])
+    return folded | {"backbone": whole, "decode_head": head}
 
 
 def _network(params: Arrays, batch_stats: Arrays) -> Arrays:
@@ -126,7 +150,7 @@ def _constants(norm: Arrays, stats: Arrays) -> tuple[np.ndarray, np.ndarray]:
 
 def _followed_by(layer: Arrays, scale: np.ndarray, shift: np.ndarray | float = 0) -> Arrays:
     """A linear layer with what scales and shifts its output channels."""
-    return {"kernel": layer["kernel"] * scale, "bias": layer["bias"] * scale + shift}
+    return {"kernel": layer["kernel"] * scale, "bias": layer.get("bias", 0) * scale + shift}
 
 
 def _preceded_by(layer: Arrays, scale: np.ndarray, shift: np.ndarray) -> Arrays:

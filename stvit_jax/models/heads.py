@@ -72,7 +72,7 @@ class Convolution(nn.Module):
 
 
 class ConvModule(nn.Module):
-    """A convolution without bias, BatchNorm, ReLU."""
+    """A convolution without bias, BatchNorm, ReLU; folded, the bias is what BatchNorm adds."""
 
     make: Layers
     features: int
@@ -81,7 +81,8 @@ class ConvModule(nn.Module):
     @nn.compact
     def __call__(self, *maps: jax.Array, train: bool) -> jax.Array:
         """Maps (B, H, W, C) each, as if concatenated by channels, to (B, H, W, features)."""
-        x = Convolution(self.make, self.features, self.size, _kaiming, False, name="conv")(*maps)
+        how = (self.features, self.size, _kaiming, self.make.folded)
+        x = Convolution(self.make, *how, name="conv")(*maps)
         return nn.relu(self.make.batch_norm("bn")(x, train=train))
 
 
@@ -106,13 +107,14 @@ class Head(nn.Module):
 
     Fields of every head: `num_classes`, K; `channels`, its width D; `dtype` of computation;
     `dropout`, the rate at which whole channels of an image are dropped before the logits in
-    training (rng "dropout"); `kernels`, which names the mesh where several devices share a batch.
+    training (rng "dropout"); `kernels`, which names the mesh where several devices share a batch;
+    `folded`, which `fold_batch_norm` sets.
     """
 
     @property
     def make(self) -> Layers:
         """Its layers; BatchNorm is that of the whole batch."""
-        return Layers(self.dtype, 0, self.kernels)
+        return Layers(self.dtype, 0, self.kernels, self.folded)
 
     def taken(self, maps: Sequence[jax.Array]) -> list[jax.Array]:
         """The four maps in the compute dtype."""
@@ -146,6 +148,7 @@ class UPerHead(Head):
     dtype: Dtype = jnp.float32
     dropout: float = 0.1
     kernels: Kernels = PLAIN
+    folded: bool = False
 
     @nn.compact
     def __call__(
@@ -188,6 +191,7 @@ class FCNHead(Head):
     dtype: Dtype = jnp.float32
     dropout: float = 0.1
     kernels: Kernels = PLAIN
+    folded: bool = False
 
     @nn.compact
     def __call__(
@@ -225,6 +229,7 @@ class SemanticFPN(Head):
     dtype: Dtype = jnp.float32
     dropout: float = 0.1
     kernels: Kernels = PLAIN
+    folded: bool = False
 
     @nn.compact
     def __call__(

@@ -61,12 +61,21 @@ class Segmenter(nn.Module):
         backbone = self.backbone
         kernels = PLAIN if isinstance(backbone.kernels, str) else backbone.kernels
         how = dict(dtype=backbone.dtype, dropout=self.dropout, kernels=kernels)
-        how |= dict(num_classes=self.num_classes)
+        how |= dict(num_classes=self.num_classes, folded=backbone.folded)
         make = Layers(backbone.dtype, backbone.group_size, kernels)
         self.norm = [make.layer_norm(None) for _ in backbone.embed_dim]
         self.decode_head = KINDS[self.kind][1](self.channels, **how)
-        if self.kind == "upernet":
+        if self._has_auxiliary:
             self.auxiliary_head = heads.FCNHead(channels=self.channels // 2, **how)
+
+    @property
+    def folded(self) -> bool:
+        """Whether it is the network for inference that `fold_batch_norm` makes."""
+        return self.backbone.folded
+
+    @property
+    def _has_auxiliary(self) -> bool:
+        return self.kind == "upernet" and not self.folded
 
     def head_logits(
         self,
@@ -75,19 +84,21 @@ class Segmenter(nn.Module):
         train: bool = False,
         drop_path_rate: Rate | None = None,
         rows: jax.Array | None = None,
+        auxiliary: bool = False,
     ) -> HeadLogits:
         """The heads' logits, each at its own stride, for the loss; arguments as in `STViT`.
 
         Dropout draws from the rng "dropout", too. BatchNorm of the heads takes its statistics from
-        the whole batch. The auxiliary head is there in training only.
+        the whole batch. The auxiliary head is there in training, and in inference where `auxiliary`
+        asks for it.
         """
         how = dict(train=train, drop_path_rate=drop_path_rate, rows=rows)
         maps = self.backbone.feature_maps(images, **how)
         maps = [norm(x) for norm, x in zip(self.norm, maps, strict=True)]
-        main, auxiliary = self.decode_head(maps, train=train, rows=rows), None
-        if self.kind == "upernet" and (train or self.is_initializing()):
-            auxiliary = self.auxiliary_head(maps, train=train, rows=rows)
-        return HeadLogits(main, auxiliary)
+        main, other = self.decode_head(maps, train=train, rows=rows), None
+        if self._has_auxiliary and (train or auxiliary or self.is_initializing()):
+            other = self.auxiliary_head(maps, train=train, rows=rows)
+        return HeadLogits(main, other)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Class logits of every pixel, in inference.

@@ -1,7 +1,8 @@
 """The settings of a network: what its variables tell of them, and what has to be stated.
 
 Settings are the published names of what makes the network, and the `name` of the variant they
-derive from. `num_heads`, `n_iter` and `stoken_size` leave no trace in names and shapes.
+derive from. `num_heads`, `n_iter` and `stoken_size` leave no trace in names and shapes. Those of a
+segmenter are its backbone's, its `head` and the `channels` of that; `num_classes` is its own.
 """
 
 from collections.abc import Mapping
@@ -11,10 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from stvit_jax.errors import UserError, listing, one_line
+from stvit_jax.models.segmenter import Segmenter, create_segmenter
 from stvit_jax.models.stvit import VARIANTS, STViT, create_model
 from stvit_jax.trees import differences
 
 Settings = dict[str, Any]
+Network = STViT | Segmenter
 
 SETTINGS = (
     "embed_dim",
@@ -29,6 +32,7 @@ SETTINGS = (
     "num_classes",
     "in_chans",
 )
+HEAD_SETTINGS = ("head", "channels")  # of a segmenter, besides
 _OUTLINE = ("embed_dim", "depths")
 
 _STAGES = 16
@@ -44,9 +48,13 @@ _LARGEST = {
     "projection": 2**20,
     "num_classes": 2**24,
     "in_chans": 2**12,
+    "channels": 2**16,
 }
 # What follows the stages, and may be missing where only the backbone was saved.
 TAIL = ("proj", "norm", "head")
+# What a segmenter has besides its backbone.
+HEADS = ("decode_head", "auxiliary_head")
+AROUND = (*(f"norm_{i}" for i in range(4)), *HEADS)
 
 # For `jax.jit` on CPU, of programs that run once: optimising them takes LLVM longer than it saves.
 UNOPTIMIZED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -58,13 +66,14 @@ def complete(
     """All settings: as stated here, or as the file carries them, or by the shapes.
 
     Args:
-      variables: `{"params": ..., "batch_stats": ...}` of an STViT.
+      variables: `{"params": ..., "batch_stats": ...}` of an STViT, or of a segmenter with one.
       carried: what the file of the variables says, if anything.
       name: of a variant; None: `carried`, or else the variant that has these shapes.
       **overrides: of the variant `name`, by the published names.
 
     Returns:
-      `name` and every one of `SETTINGS`; plain values, as JSON has them.
+      `name` and every one of `SETTINGS`, of a segmenter `HEAD_SETTINGS`, too; plain values, as JSON
+      has them.
 
     Raises:
       UserError: no variant has these shapes, or not the one that was stated (with differences).
@@ -82,12 +91,15 @@ def complete(
         if not like:
             raise UserError(f"no variant has these shapes; {_remedy(shapes)}")
         stated = {"name": like[0]}
-    model = create({k: shapes[k] for k in ("num_classes",) if k in shapes} | stated)
+    told = {k: shapes[k] for k in ("num_classes", *HEAD_SETTINGS) if k in shapes}
+    model = create(told | stated)
+    made = of(model, stated["name"])
+    made |= {field: tuple(made[field]) for field in _OUTLINE}
     # First the outline: it bounds the size of the network that a file asks for.
     wrong = [
-        f"{field} is {shapes[field]} there and {tuple(getattr(model, field))} in {stated['name']}"
-        for field in _OUTLINE
-        if tuple(getattr(model, field)) != shapes[field]
+        f"{field} is {shapes.get(field)} there and {made.get(field)} in {stated['name']}"
+        for field in (*_OUTLINE, *HEAD_SETTINGS)
+        if made.get(field) != shapes.get(field)
     ]
     try:
         wrong = wrong or differences(variables, without(abstract(model), absent(variables)))
@@ -98,11 +110,30 @@ def complete(
     return of(model, stated["name"])
 
 
-def of(model: STViT, name: str) -> Settings:
+def of(model: Network, name: str) -> Settings:
     """The settings of a network that derives from the variant `name`; plain values."""
-    settings = {field: getattr(model, field) for field in SETTINGS}
+    settings = {field: getattr(backbone(model), field) for field in SETTINGS}
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+    if isinstance(model, Segmenter):
+        settings |= {"num_classes": model.num_classes}
+        settings |= {"head": model.kind, "channels": model.channels}
     return {"name": name, **settings}
+
+
+def backbone(model: Network) -> STViT:
+    """The STViT that a network is, or has."""
+    return model.backbone if isinstance(model, Segmenter) else model
+
+
+def with_backbone(model: Network, **fields: Any) -> Network:
+    """The network with other fields of its STViT."""
+    changed = backbone(model).clone(**fields)
+    return model.clone(backbone=changed) if isinstance(model, Segmenter) else changed
+
+
+def is_segmenter(variables: Mapping[str, Any]) -> bool:
+    """Whether a tree of variables is of a segmenter."""
+    return HEADS[0] in variables["params"]
 
 
 def absent(variables: Mapping[str, Any]) -> tuple[str, ...]:
@@ -118,28 +149,34 @@ def without(variables: Mapping[str, Any], modules: tuple[str, ...]) -> dict[str,
     }
 
 
-def create(settings: Settings, **overrides: Any) -> STViT:
+def create(settings: Settings, **overrides: Any) -> Network:
     """The network that settings describe; overrides as of `create_model`, `dtype` among them.
+
+    It is a segmenter where they have a `head`, unless `features_only` leaves that out.
 
     Raises:
       UserError: settings that make no network.
     """
     _check(settings)
     try:
-        fields = {key: value for key, value in settings.items() if key != "name"}
-        return create_model(settings["name"], **(fields | overrides))
+        fields = {key: value for key, value in settings.items() if key != "name"} | overrides
+        if "head" in fields and not fields.get("features_only"):
+            return create_segmenter(fields.pop("head"), settings["name"], **fields)
+        fields = {key: value for key, value in fields.items() if key not in HEAD_SETTINGS}
+        return create_model(settings["name"], **fields)
     except (AttributeError, KeyError, TypeError) as error:  # of values that a file carries
         raise UserError(f"the settings describe no network: {one_line(repr(error))}") from error
 
 
-def images(model: STViT) -> jax.ShapeDtypeStruct:
+def images(model: Network) -> jax.ShapeDtypeStruct:
     """An input to initialise with; no leaf depends on its size."""
-    return jax.ShapeDtypeStruct((1, 32, 32, model.in_chans), jnp.float32)
+    return jax.ShapeDtypeStruct((1, 32, 32, backbone(model).in_chans), jnp.float32)
 
 
-def abstract(model: STViT) -> dict[str, Any]:
+def abstract(model: Network) -> dict[str, Any]:
     """Shapes and dtypes of the variables of a network."""
-    once = model.clone(n_iter=(1,) * len(model.n_iter))  # no variable depends on it, tracing does
+    stages = len(backbone(model).n_iter)
+    once = with_backbone(model, n_iter=(1,) * stages)  # no variable depends on it, tracing does
     return jax.eval_shape(lambda key: once.lazy_init(key, images(model)), jax.random.key(0))
 
 
@@ -173,6 +210,9 @@ def _check(settings: Any) -> None:
 def _shape_settings(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the settings that shapes show; less where what follows the stages is missing."""
     params = variables["params"]
+    head = params.get(HEADS[0])
+    if head is not None:
+        params = params["backbone"]
     stages = [
         params[f"layers_{i}"] for i in range(sum(key.startswith("layers_") for key in params))
     ]
@@ -190,6 +230,10 @@ def _shape_settings(variables: Mapping[str, Any]) -> dict[str, Any]:
         shown["projection"] = params["proj"]["kernel"].shape[1]
     if "head" in params:
         shown["num_classes"] = params["head"]["kernel"].shape[1]
+    if head is not None:
+        shape = head["conv_seg"]["kernel"].shape
+        shown |= {"head": "fpn" if "neck" in head else "upernet", "channels": shape[0]}
+        shown["num_classes"] = shape[1]
     return shown
 
 

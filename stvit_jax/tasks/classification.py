@@ -270,6 +270,8 @@ def adopt(
         )
     theirs = found.classes
     merged = fit.merge(variables, found)
+    if fit.has_other_head(variables, found):  # it is started anew, whatever the names
+        return merged
     if not classes or not theirs or classes == theirs or len(classes) != len(theirs):
         return merged
     if set(classes) == set(theirs):
