@@ -75,13 +75,14 @@ def _write(root: Path) -> None:
     every = load_digits()
     (root / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
     parts = zip(SCENES.items(), digits.split(every.target), strict=True)
-    for number, ((split, count), of_split) in enumerate(parts):
+    for number, ((split, count), part) in enumerate(parts):
+        images, target = every.images[part], every.target[part]
         folders = [root / kind / split for kind in ("images", "annotations")]
         for folder in folders:
             folder.mkdir(parents=True)
         for index in range(count):
             rng = np.random.Generator(np.random.Philox(key=[number, index]))
-            scene = compose(every.images[of_split], every.target[of_split], rng)
+            scene = compose(images, target, rng)
             for folder, pixels in zip(folders, scene, strict=True):
                 Image.fromarray(pixels).save(folder / f"scene_{index:04}.png")
 

@@ -1,6 +1,7 @@
-"""Scenes of digits: what they show, that they are always the same, and written by two at once."""
+"""Scenes of digits: what they show, that they are always the same, and written by three at once."""
 
-import multiprocessing
+import threading
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,26 @@ from stvit_jax.errors import UserError
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Written by two processes at once."""
     path = tmp_path_factory.mktemp("tfds") / "new"
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        targets = pool.map(digit_scenes.prepare, [str(path)] * 2, chunksize=1)
-    assert set(targets) == {path / "digit_scenes" / digit_scenes.VERSION}
+    assert digit_scenes.prepare(str(path)) == path / "digit_scenes" / digit_scenes.VERSION
     return path
+
+
+def test_several_write_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digit_scenes, "SCENES", {"training": 8, "validation": 2})
+    barrier = threading.Barrier(3)
+    rename = Path.rename
+
+    def together(self: Path, target: Path) -> Path:
+        barrier.wait(60)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", together)
+    with ThreadPool(3) as pool:
+        (target,) = set(pool.map(digit_scenes.prepare, [str(tmp_path)] * 3, chunksize=1))
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+    assert len([*target.rglob("*.png")]) == 20
+    assert target.stat().st_mode == target.parent.stat().st_mode  # others may read it
 
 
 def test_a_set_in_the_layout(data_dir: Path, capsys: pytest.CaptureFixture) -> None:

@@ -71,7 +71,9 @@ def test_a_folder_with_classes_of_its_own(root: Path) -> None:
             (root / kind / split).rename(root / kind / other)
         nested = root / kind / "train" / "b"  # in the order of paths, formats mixed
         nested.mkdir()
-        shutil.copy(root / "annotations/train/ADE_train_00000001.png", nested / "x.png")
+    for kind in ("images", "annotations"):
+        copy = root / kind / "train" / "b" / "x.png"
+        shutil.copy(root / "annotations/train/ADE_train_00000001.png", copy)
     (root / "classes.txt").write_text("# mine\n" + "".join(f"thing {i}\n\n" for i in range(21)))
     train = open_scenes("segmentation_folder", str(root), train=True)
     assert train.class_names == tuple(f"thing {i}" for i in range(21))
