@@ -59,7 +59,9 @@ def test_the_loss_is_that_of_both_heads_at_the_labels_size(random_variables):
     given = task.prepare(False, batch(), jax.random.key(0)) | {"row": jnp.arange(2)}
     given["image"] = given["image"].astype(jnp.float64)
     loss = jax.jit(task.objective(model, 0.0, 0.4, False))
-    value, (stats, scalars) = loss(variables["params"], variables["batch_stats"], given, jax.random.key(1), 0)
+    value, (stats, scalars) = loss(
+        variables["params"], variables["batch_stats"], given, jax.random.key(1), 0
+    )
 
     logits, _ = model.apply(
         variables,
