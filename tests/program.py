@@ -14,14 +14,24 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-# A narrow network: what is tested is the program around it.
+# Narrow networks. Programs have one of two stages, of which the first samples: half of a program's
+# time is tracing and compiling the network, and what is tested is the program around it.
 NARROW_SETTINGS = {
     "embed_dim": (8, 8, 16, 16),
     "depths": (1, 1, 1, 1),
     "num_heads": (1, 1, 2, 2),
     "projection": 16,
 }
-NARROW = tuple(f"--config.model.{field}={value}" for field, value in NARROW_SETTINGS.items())
+TWO_STAGES = {
+    "embed_dim": (8, 16),
+    "depths": (1, 1),
+    "num_heads": (1, 2),
+    "n_iter": (1, 1),
+    "stoken_size": (4, 1),
+    "layerscale": (False, True),
+    "projection": 16,
+}
+NARROW = tuple(f"--config.model.{field}={value}" for field, value in TWO_STAGES.items())
 
 STEPS = 30  # an epoch has 22
 WORKER = "--config.data.workers=1"  # as the config has it; most runs do without, to start sooner
@@ -115,7 +125,9 @@ class Processes:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
         joining = [f"--coordinator_address={address}", f"--num_processes={count}"]
-        options = {"devices": 2} | options
+        # Not the small programs: one process may read them while another writes.
+        kept = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1"}
+        options = {"devices": 2} | kept | options
         self.programs = [
             Program(
                 workdir, *flags, *joining, f"--process_id={i}", *(own or {}).get(i, []), **options

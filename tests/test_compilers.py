@@ -23,8 +23,27 @@ from tests.program import ROOT
 
 pytestmark = pytest.mark.compilers
 STEPS = (("train", "bfloat16"), ("train", "float32"), ("infer", "bfloat16"))
+
+
+LINES = json.loads((ROOT / "benchmarks/programs.json").read_text())
+
+
+def often(target: str, config: str, mode: str, dtype: str) -> bool:
+    """Whether it is compiled by default: training as published, stvit_small, and all with a line.
+
+    The others are the same operations in another width or dtype.
+    """
+    keys = ("target", "model", "mode", "dtype")
+    line = dict(zip(keys, (target, config, mode, dtype), strict=True))
+    held = any(line.items() <= held.items() for held in LINES)
+    small = config == "stvit_small" and target != "a100"
+    return held or small or (mode, dtype) == STEPS[0]
+
+
 PROGRAMS = [
-    (target, config, *step)
+    pytest.param(
+        target, config, *step, marks=() if often(target, config, *step) else pytest.mark.slow
+    )
     for target, configs in {
         "h100": ("stvit_small", "stvit_base", "stvit_large"),
         "a100": ("stvit_small",),
@@ -33,9 +52,6 @@ PROGRAMS = [
     for config in configs
     for step in STEPS
 ]
-
-
-LINES = json.loads((ROOT / "benchmarks/programs.json").read_text())
 
 
 def python(target: str, *arguments: str, timeout: int) -> subprocess.CompletedProcess:

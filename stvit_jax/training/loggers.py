@@ -31,7 +31,8 @@ class Logger:
           name: of the package, one of `KNOWN`.
           project: that the run is listed in.
           config: the run's fields, flat.
-          workdir: of the run, which is called as this folder; local files go there.
+          workdir: of the run, which is called as this folder (and a hash of its path, where a
+            service knows runs by their names); local files go there.
         """
         self._name = name
         self._calls: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
@@ -61,6 +62,8 @@ class Logger:
     def _init(self, how: dict[str, Any]) -> None:
         self._service = importlib.import_module(self._name)
         taken = inspect.signature(self._service.init).parameters
+        if "id" not in taken:  # trackio knows a run by its name
+            how = how | {"name": how["id"]}
         self._service.init(**{key: value for key, value in how.items() if key in taken})
 
     def _work(self) -> None:

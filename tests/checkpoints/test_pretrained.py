@@ -42,6 +42,7 @@ def test_a_round_trip_keeps_every_bit_and_all_that_is_known(network, shared):
     model, variables = network
     assert sorted(p.name for p in shared.parent.iterdir()) == ["shared"]
     assert sorted(p.name for p in shared.iterdir()) == ["config.json", "model.safetensors"]
+    assert json.loads((shared / "config.json").read_text())["pretrained_cfg"]["license"] == "mit"
     back, held = stvit_jax.from_pretrained(shared)
     assert back == model
     assert_bits_equal(jax.tree.map(np.asarray, held), variables)

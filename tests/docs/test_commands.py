@@ -116,8 +116,15 @@ def test_a_page_is_followed(page: str, reader: Path, environment) -> None:
             run("python block.py", reader, environment)
         ran += language in ("bash", "python")
     assert ran >= 2
-    for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / "docs" / f"{page}.md").read_text()):
-        assert link.startswith("http") or (ROOT / "docs" / link).exists(), link
+
+
+def test_links_and_pictures_are_there() -> None:
+    shown = set()
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page}: {link}"
+            shown.add((page.parent / link).resolve())
+    assert {path.resolve() for path in (ROOT / "docs").glob("*.png")} <= shown
 
 
 def test_commands_that_are_not_run_here_are_run_elsewhere() -> None:

@@ -11,15 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import tests.program as on_disk
 from tests.emulator import BUCKET, Emulator, environment
-from tests.program import NARROW, ROOT, Program
-
-STEPS = 30
+from tests.program import ROOT, STEPS, Program
 
 
 @pytest.fixture(scope="module")
@@ -30,53 +27,29 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
 
 
 @pytest.fixture(scope="module")
-def start(digits_dir, tmp_path_factory, emulator) -> Callable[..., Program]:
-    """Starts the program; all runs of the module share compiled programs."""
-    cache = tmp_path_factory.mktemp("compiled")
-
-    def start(workdir: str | Path, *flags: str, **options: Any) -> Program:
-        common = (
-            *NARROW,
-            f"--config.data.dir={digits_dir}",
-            "--config.batch_size=64",
-            f"--config.steps={STEPS}",
-            "--config.log_every=1",
-            "--config.checkpoint_every=1000",
-            "--config.data.workers=0",
-        )
-        more = emulator.environment | {"JAX_COMPILATION_CACHE_DIR": str(cache)} | options
-        return Program(workdir, *common, *flags, **more)
-
-    return start
+def in_bucket(start, emulator) -> Callable[..., Program]:
+    """Starts the program where the bucket is."""
+    return lambda *args, **options: start(*args, **(emulator.environment | options))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def unanswered(start) -> Iterator[list[tuple[Program, str]]]:
+def unanswered(in_bucket) -> Iterator[list[tuple[Program, str]]]:
     """Programs that wait for an answer while the other tests run, and what they will say."""
     with socket.socket() as nobody, socket.socket() as silent:
         nobody.bind(("127.0.0.1", 0))
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         yield [
-            (start("gs://a-bucket/run", **environment(listener.getsockname()[1])), words)
+            (in_bucket("gs://a-bucket/run", **environment(listener.getsockname()[1])), words)
             for listener, words in ((nobody, "Cannot connect"), (silent, "no answer within 60 s"))
         ]
 
 
 @pytest.fixture(scope="module")
-def straight(start, tmp_path_factory) -> Path:
-    """The workdir of a run on a disk that nobody stopped."""
-    workdir = tmp_path_factory.mktemp("straight") / "run"
-    program = start(workdir)
-    assert program.wait() == 0, program.output
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def stopped_and_continued(start, emulator) -> tuple[str, list[str]]:
+def stopped_and_continued(in_bucket, emulator) -> tuple[str, list[str]]:
     """The workdir of a run in the bucket that was stopped once, and what it printed."""
     workdir = f"gs://{BUCKET}/stopped"
-    program = start(workdir)
+    program = in_bucket(workdir)
     program.read_until(r"step 5/")
     program.send(signal.SIGTERM)
     assert program.wait(60) == 75, program.output
@@ -86,7 +59,7 @@ def stopped_and_continued(start, emulator) -> tuple[str, list[str]]:
     assert f"stopped at step {step} of {STEPS}, saved" in program.output
     lines = on_disk.metrics(emulator.path(workdir))
     assert [line["step"] for line in lines] == list(range(1, step + 1))
-    program = start(workdir, tensorflow=True)  # which is used for TensorBoard's files, no more
+    program = in_bucket(workdir, tensorflow=True)  # which is used for TensorBoard's files, no more
     assert program.wait() == 0, program.output
     assert f"continuing after step {step}" in program.output
     return workdir, [*said, program.output]
@@ -133,11 +106,11 @@ def test_a_run_that_was_stopped_is_bit_equal_to_one_on_a_disk(
 
 
 def test_what_is_in_a_bucket_is_evaluated_and_started_from(
-    start, stopped_and_continued, straight, emulator, tmp_path
+    in_bucket, stopped_and_continued, straight, emulator, tmp_path
 ) -> None:
     workdir, _ = stopped_and_continued
     before = on_disk.metrics(straight)[-1]
-    program = start(workdir, "--config.eval_only=True")
+    program = in_bucket(workdir, "--config.eval_only=True")
     assert program.wait() == 0, program.output
     last = on_disk.metrics(emulator.path(workdir))[-1]
     assert last["eval_only"] is True
@@ -154,7 +127,7 @@ def test_what_is_in_a_bucket_is_evaluated_and_started_from(
     assert Path(back).read_bytes() == emulator.path(files[0]).read_bytes() == expected.read_bytes()
 
     flags = ("--config.eval_only=True", f"--config.init_from={files[1]}")
-    program = start(tmp_path / "run", *flags)
+    program = in_bucket(tmp_path / "run", *flags)
     assert program.wait() == 0, program.output
     (line,) = on_disk.metrics(tmp_path / "run")
     assert line["eval/loss"] == last["eval/loss"]
@@ -181,10 +154,10 @@ def convert(emulator: Emulator, *pairs: tuple[str, str]) -> None:
 
 
 def test_damaged_and_unfinished_checkpoints_are_named_and_the_one_before_used(
-    start, straight, emulator
+    in_bucket, straight, emulator
 ) -> None:
     workdir = f"gs://{BUCKET}/damaged"
-    program = start(workdir, "--config.checkpoint_every=5", "--config.steps=20")
+    program = in_bucket(workdir, "--config.checkpoint_every=5", "--config.steps=20")
     assert program.wait() == 0, program.output
     saved = emulator.path(f"{workdir}/checkpoints")
     # By their objects: on this disk the emulator keeps the folders of what was removed.
@@ -196,7 +169,7 @@ def test_damaged_and_unfinished_checkpoints_are_named_and_the_one_before_used(
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    program = start(workdir)
+    program = in_bucket(workdir)
     assert program.wait() == 0, program.output
     for words in (
         f"{workdir}/checkpoints/20 was never finished",
@@ -210,10 +183,10 @@ def test_damaged_and_unfinished_checkpoints_are_named_and_the_one_before_used(
     assert_equal_runs(emulator.path(workdir), straight)
 
 
-def test_a_storage_that_hangs_is_named_and_the_run_ends(start, emulator) -> None:
+def test_a_storage_that_hangs_is_named_and_the_run_ends(in_bucket, emulator) -> None:
     """R14: it takes what is saved, and never answers."""
     flags = ("--config.stall_after=6", "--config.checkpoint_every=5")
-    program = start(f"gs://{BUCKET}/hung", *flags, "--config.steps=5000", "--config.epochs=300")
+    program = in_bucket(f"gs://{BUCKET}/hung", *flags, "--config.steps=5000", "--config.epochs=300")
     program.read_until("step 3/")
     emulator.suspend()
     try:
@@ -228,10 +201,10 @@ def test_a_storage_that_hangs_is_named_and_the_run_ends(start, emulator) -> None
 
 
 @pytest.mark.slow
-def test_a_storage_that_dies_in_a_save_costs_no_step(start, straight, emulator) -> None:
+def test_a_storage_that_dies_in_a_save_costs_no_step(in_bucket, straight, emulator) -> None:
     """Killed in the middle of a save, back after seconds, with what it had."""
     workdir = f"gs://{BUCKET}/killed"
-    program = start(workdir, "--config.checkpoint_every=10")
+    program = in_bucket(workdir, "--config.checkpoint_every=10")
     saving = emulator.path(f"{workdir}/checkpoints/20/state")
     deadline = time.monotonic() + 120
     while not saving.exists():
@@ -247,13 +220,13 @@ def test_a_storage_that_dies_in_a_save_costs_no_step(start, straight, emulator) 
 
 
 @pytest.mark.parametrize("field", ["--workdir", "--config.init_from"])
-def test_a_bucket_that_is_not_there_is_one_line_at_once(start, field, tmp_path) -> None:
+def test_a_bucket_that_is_not_there_is_one_line_at_once(in_bucket, field, tmp_path) -> None:
     where = "gs://no-such-bucket/run"
     began = time.monotonic()
     if field == "--workdir":
-        program = start(where)
+        program = in_bucket(where)
     else:
-        program = start(tmp_path / "run", f"{field}={where}")
+        program = in_bucket(tmp_path / "run", f"{field}={where}")
     error = one_error(program, 60)
     assert "there is no bucket gs://no-such-bucket: mend its name, or create it" in error
     assert time.monotonic() - began < 60 and "compiled" not in program.output
@@ -268,10 +241,10 @@ def test_a_storage_that_does_not_answer_is_one_line_within_a_minute(unanswered) 
         assert "is there a network" in error and "compiled" not in program.output
 
 
-def test_without_gcsfs_the_package_is_named(start, tmp_path) -> None:
+def test_without_gcsfs_the_package_is_named(in_bucket, tmp_path) -> None:
     (tmp_path / "gcsfs.py").write_text("raise ImportError('No module named gcsfs')\n")
     shutil.copytree(on_disk.WITHOUT_TENSORFLOW["PYTHONPATH"], tmp_path, dirs_exist_ok=True)
-    program = start("gs://a-bucket/run", tensorflow=True, PYTHONPATH=str(tmp_path))
+    program = in_bucket("gs://a-bucket/run", tensorflow=True, PYTHONPATH=str(tmp_path))
     assert (
         "buckets need gcsfs" in (error := one_error(program, 60)) and "pip install gcsfs" in error
     )

@@ -37,13 +37,11 @@ def flags(digits_dir: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def start(flags, tmp_path_factory) -> Callable[..., Processes]:
-    """Starts processes; all runs of the module share compiled programs."""
-    cache = str(tmp_path_factory.mktemp("compiled"))
+def start(flags, compiled) -> Callable[..., Processes]:
+    """Starts processes."""
 
     def start(count: int, workdir: Path, *more: str, **options: Any) -> Processes:
-        options = {"JAX_COMPILATION_CACHE_DIR": cache} | options
-        return Processes(count, workdir, *flags, *more, **options)
+        return Processes(count, workdir, *flags, *more, **(compiled | options))
 
     return start
 
@@ -67,10 +65,10 @@ def astray(flags, tmp_path_factory) -> dict[str, tuple[float, list[Program]]]:
 
 
 @pytest.fixture(scope="module")
-def alone(flags, tmp_path_factory) -> Path:
+def alone(flags, compiled, tmp_path_factory) -> Path:
     """The workdir of one process that has the same four devices."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    program = Program(workdir, *flags, devices=4)
+    program = Program(workdir, *flags, devices=4, **compiled)
     assert program.wait() == 0, program.output
     return workdir
 
@@ -106,15 +104,17 @@ def test_two_processes_are_one_run(start, alone, tmp_path) -> None:
     assert first[-1].startswith(f"done: step {STEPS} of {STEPS}")
 
 
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_stop_of_one_stops_all_and_other_numbers_of_processes_continue(
-    start, alone, tmp_path
+    start, alone, tmp_path, count
 ) -> None:
+    """From many to one, and from one to two; four compile a program of their own."""
     workdir = tmp_path / "run"
-    four = start(4, workdir)
-    four.programs[0].read_until("step 3/")
-    four.programs[2].send(signal.SIGTERM)
-    assert four.wait(60) == [75] * 4, four.output
-    (step,) = map(int, re.findall(rf"stopped at step (\d+) of {STEPS}, saved", four.output))
+    many = start(count, workdir)
+    many.programs[0].read_until("step 3/")
+    many.programs[count // 2].send(signal.SIGTERM)
+    assert many.wait(60) == [75] * count, many.output
+    (step,) = map(int, re.findall(rf"stopped at step (\d+) of {STEPS}, saved", many.output))
     assert 3 <= step < STEPS
     one = start(1, workdir, devices=4).programs[0]
     one.read_until(rf"step {step + 2}/")

@@ -69,15 +69,9 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment in which all runs of the module share compiled programs."""
-    return {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))}
-
-
-@pytest.fixture(scope="module")
-def start(flags, cache: dict[str, str]) -> Callable[..., Program]:
+def start(flags, compiled: dict[str, str]) -> Callable[..., Program]:
     def start(workdir: Path, folders: Path, *more: str, **options: Any) -> Program:
-        return Program(workdir, *flags(workdir, folders, *more), **(cache | options))
+        return Program(workdir, *flags(workdir, folders, *more), **(compiled | options))
 
     return start
 
@@ -98,12 +92,12 @@ def evaluate(start, workdir: Path, folders: Path, *more: str, **options: Any) ->
     return start(workdir, folders, *flags, *more, **options)
 
 
-def run_as_user(arguments: list[str], cache: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def run_as_user(arguments: list[str], compiled: dict[str, str]) -> subprocess.CompletedProcess[str]:
     command = [*PLAIN_USER, sys.executable, "train.py", "--config", "configs/digits.py"]
     return subprocess.run(
         [*command, *arguments],
         cwd=ROOT,
-        env=os.environ | WITHOUT_TENSORFLOW | cache,
+        env=os.environ | WITHOUT_TENSORFLOW | compiled,
         capture_output=True,
         text=True,
         timeout=300,
@@ -165,7 +159,7 @@ def test_a_run_under_nohup_outlives_its_terminal(start, folders, tmp_path) -> No
     assert "done: step 100 of 100" in program.output
 
 
-def test_nobody_reads_the_console_any_more(flags, cache, folders, tmp_path) -> None:
+def test_nobody_reads_the_console_any_more(flags, compiled, folders, tmp_path) -> None:
     """As `train.py | head -1` and `train.py > /dev/full`."""
     for where in ("| head -1", "> /dev/full"):
         workdir = tmp_path / where[0].replace("|", "pipe").replace(">", "full")
@@ -174,7 +168,7 @@ def test_nobody_reads_the_console_any_more(flags, cache, folders, tmp_path) -> N
         done = subprocess.run(
             ["bash", "-c", f"set -o pipefail; {text} {where}"],
             cwd=ROOT,
-            env=os.environ | WITHOUT_TENSORFLOW | cache,
+            env=os.environ | WITHOUT_TENSORFLOW | compiled,
             capture_output=True,
             text=True,
             timeout=300,
@@ -200,17 +194,17 @@ def test_a_console_that_lacks_a_letter_ends_nothing(start, tmp_path) -> None:
 
 
 def test_the_result_of_a_workdir_that_may_only_be_read_is_said(
-    flags, cache, folders, trained, tmp_path
+    flags, compiled, folders, trained, tmp_path
 ) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     before = (workdir / "metrics.jsonl").read_text()
     subprocess.run(["chmod", "-R", "a-w", workdir], check=True)
     more = ("--config.eval_only=True", "--config.ema_decay=0")
-    done = run_as_user(flags(workdir, folders, *more), cache)
+    done = run_as_user(flags(workdir, folders, *more), compiled)
     assert done.returncode == 0, done.stderr
     assert "evaluated: raw top-1" in done.stdout and "on the console only" in done.stderr
-    done = run_as_user(flags(workdir, folders, "--config.steps=6"), cache)
+    done = run_as_user(flags(workdir, folders, "--config.steps=6"), compiled)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     subprocess.run(["chmod", "-R", "u+w", workdir], check=True)
     assert (workdir / "metrics.jsonl").read_text() == before

@@ -101,6 +101,7 @@ def slurm(tmp_path, digits_dir):
         "DATA_DIR": str(digits_dir),
         "WORKDIR": str(tmp_path / "run"),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",  # see Processes of tests/program.py
         "PIDS": str(tmp_path / "pids"),
         "REQUEUED": str(tmp_path / "requeued"),
         "SLURM_JOB_ID": str(JOB),

@@ -19,7 +19,7 @@ from stvit_jax.models.settings import complete
 from stvit_jax.models.stvit import STViT, create_model
 from stvit_jax.tasks.robustness import accuracy, real_accuracy
 from tests.mini_sets import picture, prepare
-from tests.program import NARROW, NARROW_SETTINGS, Program, metrics, values
+from tests.program import NARROW, TWO_STAGES, Program, metrics, values
 
 IMAGES = 12
 UNREADABLE = 4
@@ -34,10 +34,10 @@ def image(number: int) -> bytes:
 @pytest.fixture(scope="module")
 def network(random_variables: Callable[..., dict], tmp_path_factory) -> tuple[STViT, dict, Path]:
     """A narrow ImageNet model, its variables and their file."""
-    model = create_model("stvit_small", num_classes=1000, **NARROW_SETTINGS)
+    model = create_model("stvit_small", num_classes=1000, **TWO_STAGES)
     variables = random_variables(model)
     path = tmp_path_factory.mktemp("network") / "weights.safetensors"
-    settings = complete(variables, None, "stvit_small", **NARROW_SETTINGS)
+    settings = complete(variables, None, "stvit_small", **TWO_STAGES)
     weights.write(path, Weights(variables, settings, Path("made"), {}))
     return model, variables, path
 

@@ -23,17 +23,9 @@ from stvit_jax.tasks import classification
 from stvit_jax.training import step as training
 from stvit_jax.training.gradients import accumulated, split
 from stvit_jax.training.task import Batch, step_keys
+from tests.program import TWO_STAGES
 
 ROOT = Path(__file__).parents[2]
-TWO_STAGES = {
-    "embed_dim": (8, 16),
-    "depths": (1, 1),
-    "num_heads": (1, 2),
-    "n_iter": (1, 1),
-    "stoken_size": (4, 1),
-    "layerscale": (False, True),
-    "projection": 16,
-}
 BATCH, GROUP, SIZE = 16, 2, 32
 KEY = jax.random.key(0)
 EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"

@@ -8,7 +8,7 @@ import pytest
 import stvit_jax
 from stvit_jax.errors import UserError
 from stvit_jax.models import settings
-from tests.training.test_accumulation import TWO_STAGES
+from tests.program import TWO_STAGES
 
 KEY = jax.random.key(0)
 
