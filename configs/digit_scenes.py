@@ -19,12 +19,16 @@ def get_config() -> ConfigDict:
     config = base()
     config.task = "segmentation"
     config.model.name = "stvit_tiny"
-    config.segmentation.channels = 32
+    config.model.embed_dim = (16, 32, 64, 64)
+    config.model.depths = (1, 1, 1, 1)
+    config.model.num_heads = (1, 2, 4, 4)
+    config.segmentation.channels = 48
     config.image_size = 64
     config.segmentation.long_side = 64
     config.segmentation.short_side = 64
-    config.segmentation.scale_range = (0.8, 1.25)
+    config.segmentation.scale_range = (1.0, 1.0)
     config.segmentation.largest_class = 1.0
+    config.segmentation.photometric = False  # digits and grounds have all colours as they are
     config.data.source = "digit_scenes"
     config.data.name = "digit scenes"
     config.data.workers = 1
@@ -34,16 +38,16 @@ def get_config() -> ConfigDict:
     config.batch_size = 16
     config.group_size = 0
     config.schedule = "poly"
-    config.total_steps = 600
+    config.total_steps = 1400
     config.warmup_steps = 50
-    config.learning_rate = 512 / 16 * 2e-3
+    config.learning_rate = 512 / 16 * 4e-3  # 4e-3 for 16 scenes
     config.min_learning_rate = 0.0
     config.weight_decay = 0.05
     config.ema_decay = 0.0
     config.dtype = "float32"
 
-    config.log_every = 10
-    config.eval_every_steps = 300
-    config.checkpoint_every = 100
+    config.log_every = 50
+    config.eval_every_steps = 700
+    config.checkpoint_every = 200
     config.lock()
     return config

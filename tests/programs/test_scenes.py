@@ -115,7 +115,7 @@ def test_measures_are_the_same_on_any_devices_and_in_every_mode(start, straight,
 
 
 def test_two_processes_are_one_run(start, straight, tmp_path):
-    run = start(tmp_path / "run", count=2)
+    run = start(tmp_path / "run", count=2, devices=4)  # eight in all, against one
     assert run.wait() == [0, 0], run.output
     ours, alone = (values(path, "train/loss") for path in (tmp_path / "run", straight))
     assert ours == pytest.approx(alone, abs=1e-4)
