@@ -62,7 +62,7 @@ ARROWS = {
     | GROUND,
     "figures": {"errors", "places"},
     "portable": {"checkpoints.trained", "data.decode", "data.imagenet_names"}
-    | {"data.normalization"}
+    | {"data.class_lists", "data.normalization"}
     | GROUND,
     # Commands at the door, one thin file each; never `run`.
     "": {"following", "figures", "ops", "tasks", "models", "portable", "checkpoints", "data"}
@@ -80,7 +80,7 @@ LIBRARIES = {
     "grain": {"data"},
     "tensorflow_datasets": {"data"},
     "array_record": {"data"},
-    "PIL": {"data", "contact_sheet", "visualize"},
+    "PIL": {"data", "contact_sheet", "figures", "visualize"},
     "matplotlib": {"figures", "visualize"},
     "simplejpeg": {"data"},
     "cykooz_resizer": {"data"},
