@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "stvit_jax"
 GROUND = {"errors", "console", "trees", "parallel", "programs", "places", "cluster"}
 HALL = {"run", "following", "trainer", "evaluator", "plans", "config", "command_line"}
 HALL |= {"validation", "recipes"}
-LEAVES = {"schedules", "torch_weights", "inference"}  # of the door, without weight
+LEAVES = {"schedules", "torch_weights", "inference", "predict_scenes"}  # of the door
 WINGS = {"ops", "models", "data", "augment", "checkpoints", "training", "tasks", "portable"}
 
 # A room, or a wing, and what its files may import of the project; every one its own wing. The
