@@ -115,8 +115,8 @@ def test_every_map_has_its_own_size():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("size", [(20, 31), (5, 4)])
-def test_a_row_by_itself_is_that_row(size):
+def test_a_row_by_itself_is_that_row():
+    size = (20, 4)
     x = np.random.default_rng(0).normal(size=(7, 9, 3))
     whole = resize.bilinear_each(jnp.asarray(x)[None], jnp.array([size]), size)[0]
     width = size[1] + 3
