@@ -278,6 +278,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = size or (trained.image_size,)
     image = read_image(Path(known.image).expanduser(), size, trained.is_segmenter)
     height, width = image.shape[:2]
+    if max(height, width) > LARGEST:  # of a segmenter, whose long side follows the short one
+        raise UserError(
+            f"{known.image} would be seen at {width} x {height} pixels, and sides are at most "
+            f"{LARGEST}: give a smaller --image-size, or --image-size HxW"
+        )
     y, x = at[::-1] or (height // 2, width // 2)
     if not (0 <= y < height and 0 <= x < width):
         raise UserError(f"--at {known.at} is outside of the image of {width} x {height} pixels")

@@ -128,7 +128,6 @@ def test_mistakes_are_one_line(network, pictures, tmp_path, random_variables) ->
         (network, [], "scenes/model.safetensors is of a segmenter: name a folder for its files"),
         (network, [*there, "--batch-size", "2"], "takes pictures one by one: leave out --batch"),
         (network, ["--output", str(tmp_path / "file")], "file cannot be created: Not a directory"),
-        (network, ["--output", "gs://b/x"], "give a path on this machine"),
         (tmp_path / "classifier", there, "is of a classifier, which writes no files: leave out"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
@@ -170,6 +169,8 @@ def test_visualize_shows_the_answer_and_the_backbone(network, pictures, tmp_path
     assert legend.legend[0][0] == f"{NAMES[largest]} {counts[largest] / label.size:.1%}"
     assert len(legend.legend) == np.count_nonzero(counts)
     assert plain.picture is None
+    with pytest.raises(UserError, match="would be seen at 2451 x 1500 pixels, and sides are at"):
+        visualize.main([*arguments, "--image-size", "1500"])
 
 
 def test_a_program_of_a_segmenter_runs_without_this_package(
