@@ -115,7 +115,8 @@ def _answers(trained: Trained, paths: Sequence[str], args: argparse.Namespace) -
     return predict(trained, paths, size, args.batch_size or BATCH)
 
 
-def _say(row: Row) -> None:
+def report(row: Row) -> None:
+    """Says it to a person."""
     say(one_line(row["image"]))
     for guess in row.get("top", ()):
         say(f"{guess['probability']:9.2%}  {one_line(guess['name'])}")
@@ -157,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if "error" in row:
                 warn(f"{one_line(row['image'])} cannot be read: {one_line(row['error'])}")
             elif not args.json:
-                _say(row)
+                report(row)
             progress.update(len(rows))
     if args.json:
         say("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]")

@@ -31,15 +31,43 @@ NAMES = ("wall", "floor", "café", "sky")
 SIDE = 32
 
 
+MODEL = stvit_jax.create_segmenter(
+    "upernet", "stvit_small", num_classes=len(NAMES), channels=8, **NARROW_SETTINGS
+)
+
+
+@functools.cache
+def asked(window: int) -> Callable:
+    """Scores as an evaluation has them, of variables, a view and the size of its picture."""
+
+    def scores(variables: dict, view: jax.Array, size: jax.Array) -> jax.Array:
+        apply = functools.partial(MODEL.apply, variables)
+        return Protocol(window=window).scores(
+            apply, [normalize(view[None])], size[None], (128, 128)
+        )
+
+    return jax.jit(scores)
+
+
+trained = functools.cache(load_trained)
+
+
+def labels(network: Path, view: np.ndarray, size: tuple[int, int], window: int = 0) -> np.ndarray:
+    """The answer of the network as it was trained: (H, W)."""
+    scores = asked(window)(trained(network).variables, view, np.array(size, np.int32))
+    return np.asarray(scores)[0, : size[0], : size[1]].argmax(-1)
+
+
 @pytest.fixture(scope="module")
 def network(tmp_path_factory, random_variables) -> Path:
-    """A shared folder of a narrow segmenter of four classes, for pictures of 32 pixels."""
-    model = stvit_jax.create_segmenter(
-        "upernet", "stvit_small", num_classes=len(NAMES), channels=8, **NARROW_SETTINGS
-    )
+    """A shared folder of a narrow segmenter of four classes, all of which it sees."""
+    variables = random_variables(MODEL)
+    pixels, view = whole_scene(picture(0, (67, 41), "PNG"), SIDE)
+    size = np.array(pixels.shape[:2], np.int32)
+    scores = np.asarray(asked(0)(variables, view, size))[0, : size[0], : size[1]]
+    variables["params"]["decode_head"]["conv_seg"]["bias"] -= np.median(scores, axis=(0, 1))
     path = tmp_path_factory.mktemp("network") / "scenes"
-    variables = random_variables(model)
-    stvit_jax.save_pretrained(path, model, variables, classes=NAMES, image_size=SIDE)
+    stvit_jax.save_pretrained(path, MODEL, variables, classes=NAMES, image_size=SIDE)
     return path
 
 
@@ -54,25 +82,14 @@ def pictures(tmp_path_factory) -> Path:
     return folder
 
 
-@functools.cache
-def _scores(network: Path, window: int) -> Callable:
-    trained = load_trained(network)
-    apply = functools.partial(trained.model.apply, trained.variables)
-    ask = Protocol(window=window).scores
-    return jax.jit(lambda view, size: ask(apply, [normalize(view[None])], size[None], (128, 128)))
-
-
-def labels(network: Path, view: np.ndarray, size: tuple[int, int], window: int = 0) -> np.ndarray:
-    """As an evaluation answers, of the network as it was trained: (H, W)."""
-    scores = _scores(network, window)(view, np.array(size, np.int32))
-    return np.asarray(scores)[0, : size[0], : size[1]].argmax(-1)
-
-
 def test_predict_answers_as_the_test_protocol_does(network, pictures, tmp_path, capsys) -> None:
     output = tmp_path / "new" / "answers"
     arguments = ["--weights", str(network), str(pictures), "--output", str(output)]
     assert predict.main([*arguments, "--json"]) == 1
-    first, second, damaged = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    source = f"{network}/model.safetensors"
+    assert f"upernet on stvit_small of {source}, short sides of 32 pixels\n" in captured.err
+    first, second, damaged = json.loads(captured.out)
     assert damaged["image"].endswith("cut.jpg") and set(damaged) == {"image", "error"}
     assert sorted(file.name for file in output.iterdir()) == [
         *("A.overlay.png", "A.png", "a-2.overlay.png", "a-2.png")
@@ -89,7 +106,7 @@ def test_predict_answers_as_the_test_protocol_does(network, pictures, tmp_path, 
         expected = labels(network, view, pixels.shape[:2])
         assert label.shape == expected.shape and (label == expected).mean() > 0.995
         counts = np.bincount(label.ravel(), minlength=len(NAMES))
-        assert np.count_nonzero(counts) >= 2
+        assert np.count_nonzero(counts > 0.05 * label.size) >= 2
         found = [(each["label"], each["share"]) for each in row["classes"]]
         assert found == [(k, counts[k] / label.size) for k in np.argsort(-counts) if counts[k]]
         assert [each["name"] for each in row["classes"]] == [NAMES[k] for k, _ in found]
@@ -104,19 +121,12 @@ def test_predict_answers_as_the_test_protocol_does(network, pictures, tmp_path, 
         beside = drawn[: figures.LINE * (len(found) + 1), over.shape[1] :].reshape(-1, 3)
         for k, _ in found:
             assert (beside == palette[k]).all(axis=1).sum() > 100
+    predict.report(first)
+    said, largest = capsys.readouterr().out.splitlines(), first["classes"][0]
+    assert said[:2] == [first["image"], f"{largest['share']:9.2%}  {largest['name']}"]
+    assert said[-1] == f"  in {first['labels']} and {first['overlay']}"
     with pytest.raises(UserError, match=r"answers/A\.png exists; remove it, or choose another"):
         predict.main(arguments)
-
-    again = ["--weights", str(network), str(pictures / "A.png"), "--output", str(tmp_path / "2")]
-    assert predict.main(again) == 0
-    said = [x for x in capsys.readouterr().out.splitlines() if not x.startswith("predicting")]
-    assert (
-        said[0]
-        == f"upernet on stvit_small of {network}/model.safetensors, short sides of 32 pixels"
-    )
-    largest = first["classes"][0]
-    assert said[1:3] == [str(pictures / "A.png"), f"{largest['share']:9.2%}  {largest['name']}"]
-    assert said[-1] == f"  in {tmp_path}/2/A.png and {tmp_path}/2/A.overlay.png"
 
 
 def test_mistakes_are_one_line(network, pictures, tmp_path, random_variables) -> None:
@@ -157,10 +167,11 @@ def test_visualize_shows_the_answer_and_the_backbone(network, pictures, tmp_path
     said = capsys.readouterr().out
     assert said == f"{output}: {network}/model.safetensors at 52 x 32 pixels, pixel 26,16\n"
     with Image.open(output) as drawn:
+        # The answer, and a row for each of four stages.
+        assert abs(drawn.height - 5 * (1.5 * 32 / 52 + 0.42) * 150) < 2
         assert len(np.unique(np.asarray(drawn.convert("RGB")).reshape(-1, 3), axis=0)) > 500
-    trained = load_trained(network, kernels="plain")
     seen = visualize.read_image(image, (SIDE,), whole=True)
-    plain, over, legend = visualize.answer(trained, seen)
+    plain, over, legend = visualize.answer(trained(network), seen)
     label = labels(network, seen, (32, 52))
     palette = class_lists.palette(len(NAMES))
     np.testing.assert_array_equal(over.picture, figures.overlay(seen, label, palette))

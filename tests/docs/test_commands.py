@@ -29,7 +29,7 @@ ELSEWHERE = {
     "python -m stvit_jax.data.array_record": "tests/data/test_records.py",
     "python -m stvit_jax.contact_sheet": "tests/test_contact_sheet.py",
     "python train.py --config configs/stvit_small.py": "tests/programs/test_imagenet.py",
-    "python train.py --config configs/upernet_small.py": "tests/tasks/test_segmentation.py",
+    "python train.py --config configs/upernet_small.py": "tests/programs/test_scenes.py",
     "python convert_torch_weights.py": "tests/checkpoints/test_segmenter_weights.py",
     "python -m stvit_jax.export": "tests/test_segmenter_commands.py",
     "python examples/run_exported.py": "tests/test_segmenter_commands.py",
