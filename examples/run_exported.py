@@ -1,8 +1,11 @@
 """Runs a network that `python -m stvit_jax.export` wrote; needs jax, flatbuffers, numpy and pillow.
 
 python run_exported.py NETWORK IMAGE ...
+
+Of a classifier it prints the likeliest classes, of a segmenter the shares of the largest.
 """
 
+import itertools
 import json
 import sys
 import zipfile
@@ -15,11 +18,12 @@ from PIL import Image
 with zipfile.ZipFile(sys.argv[1]) as archive:
     network = jax.export.deserialize(bytearray(archive.read("program"))).call
     meta = json.loads(archive.read("meta.json"))
-side, short = (meta["preprocessing"][key] for key in ("centre_crop", "resize_short_side"))
+how = meta["preprocessing"]
+side, short = meta["input"]["shape"][1], how["resize_short_side"]
 
 
 def crop(path: str) -> np.ndarray:
-    """The picture as the network was evaluated on it: (S, S, 3), uint8."""
+    """The picture as a classifier was evaluated on it: (S, S, 3), uint8."""
     image = Image.open(path).convert("RGB")
     size = (short or side,) * 2
     if short:
@@ -29,8 +33,30 @@ def crop(path: str) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
-probabilities = jax.nn.softmax(network(np.stack([crop(path) for path in sys.argv[2:]])))
-for path, row in zip(sys.argv[2:], np.asarray(probabilities), strict=True):
+def answer(path: str) -> np.ndarray:
+    """A segmenter's label of every pixel of the picture, resized: windows, whose logits add up."""
+    image = Image.open(path).convert("RGB")
+    size = tuple(round(short * length / min(image.size)) for length in image.size)
+    pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
+    starts = [
+        [*range(0, length - side, how["stride"]), length - side] for length in pixels.shape[:2]
+    ]
+    total = np.zeros((*pixels.shape[:2], len(meta["classes"])), np.float32)
+    count = np.zeros((*pixels.shape[:2], 1), np.float32)
+    for top, left in itertools.product(*starts):
+        window = np.s_[top : top + side, left : left + side]
+        total[window] += network(pixels[window][None])[0]
+        count[window] += 1
+    return np.argmax(total / count, axis=-1)
+
+
+paths = sys.argv[2:]
+if "palette" in meta:
+    labels = [np.bincount(answer(path).ravel(), minlength=len(meta["classes"])) for path in paths]
+    rows = [counts / counts.sum() for counts in labels]
+else:
+    rows = np.asarray(jax.nn.softmax(network(np.stack([crop(path) for path in paths]))))
+for path, row in zip(paths, rows, strict=True):
     print(path)
     for label in np.argsort(-row)[:5]:
         print(f"{row[label]:9.2%}  {meta['classes'][label]}")

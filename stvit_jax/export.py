@@ -6,7 +6,8 @@ FILE, which is not there yet, is a program of `jax.export` for CPU, NVIDIA GPU a
 ends in .onnx, an ONNX model (`pip install jax2onnx onnxruntime`). It takes uint8 crops (B, S, S,
 3), RGB, any number of them; weights and normalisation are inside, and the file says how pictures
 become crops, and what the classes are. `examples/run_exported.py` runs the first. PATH is of any
-form that `init_from` takes.
+form that `init_from` takes; of a segmenter, crops are windows of a picture, and logits are (B, S,
+S, K), of every pixel.
 """
 
 import os
@@ -21,7 +22,7 @@ from stvit_jax.checkpoints import files
 from stvit_jax.checkpoints.trained import load_trained
 from stvit_jax.console import say
 from stvit_jax.errors import UserError, reason
-from stvit_jax.inference import classifier
+from stvit_jax.inference import network
 from stvit_jax.portable import onnx_file, program
 from stvit_jax.portable.metadata import metadata
 
@@ -46,12 +47,12 @@ def export(weights: str, output: Path, *, ema: bool = False, image_size: int | N
     files.make_folder_of(output)  # what cannot be written should fail before the work
     trained = load_trained(weights, ema, kernels="plain")
     size = image_size or trained.image_size
-    logits, variables = classifier(trained)
+    logits, variables = network(trained)
     constants = jax.tree.map(np.asarray, variables)
     form = onnx_file if output.suffix.lower() == ".onnx" else program
     content = form.dumps(lambda images: logits(constants, images), size, metadata(trained, size))
-    network = jax.jit(logits)
-    far = _compare(form.loads(content), lambda images: network(variables, images), size)
+    compiled = jax.jit(logits)
+    far = _compare(form.loads(content), lambda images: compiled(variables, images), size)
     with files.replaced(output) as file:
         file.write(content)
     megabytes = len(content) / 1e6

@@ -1,14 +1,19 @@
 """Figures for files: no window, no state between them."""
 
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from stvit_jax import places
 from stvit_jax.errors import UserError, reason
 
 FORMS = (".png", ".pdf", ".svg")
+LEAST = 256  # pixels of the longer side of a picture beside a legend
+LINE = 18  # pixels, of a legend
 
 
 def figure(width: float, height: float) -> Any:
@@ -38,6 +43,40 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> np.nd
     colours = palette[np.where(labelled, labels, 0)]
     mixed = (image.astype(np.uint16) + colours) // 2
     return np.where(labelled[..., None], mixed, image).astype(np.uint8)
+
+
+def with_legend(picture: np.ndarray, rows: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
+    """A picture and, right of it, what its colours mean; a small one has its pixels repeated.
+
+    Args:
+      picture: uint8 (H, W, 3), RGB.
+      rows: of text and its colour, from top to bottom.
+
+    Returns:
+      uint8 (H', W', 3), the picture at the left and top.
+    """
+    factor = max(1, LEAST // max(picture.shape[:2]))
+    picture = picture.repeat(factor, axis=0).repeat(factor, axis=1)
+    height, width = picture.shape[:2]
+    font = ImageFont.load_default(LINE - 5)
+    longest = max((int(font.getlength(text)) for text, _ in rows), default=0)
+    size = width + longest + 3 * LINE, max(height, LINE * (len(rows) + 1))
+    sheet = Image.new("RGB", size, "white")
+    sheet.paste(Image.fromarray(picture))
+    draw = ImageDraw.Draw(sheet)
+    for number, (text, colour) in enumerate(rows):
+        left, top = width + LINE // 2, LINE // 2 + number * LINE
+        box = left, top + 2, left + LINE, top + LINE - 3
+        draw.rectangle(box, tuple(map(int, colour)), "black")
+        draw.text((left + LINE + LINE // 2, top), text, "black", font)
+    return np.asarray(sheet)
+
+
+def png(picture: np.ndarray) -> bytes:
+    """A picture, uint8 (H, W, 3), as the contents of a PNG."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
 
 
 def output(flag: str, text: str) -> Path:

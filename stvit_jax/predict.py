@@ -1,12 +1,16 @@
 """What a trained network says of pictures: the five likeliest classes of each.
 
-    python -m stvit_jax.predict --weights PATH IMAGE|FOLDER ...
+    python -m stvit_jax.predict --weights PATH IMAGE|FOLDER ... [--output FOLDER]
+
+A segmenter says it of every pixel: FOLDER gets two files of each picture, its labels and the
+picture under their colours, see `predict_scenes`; said are the shares of the classes.
 
 PATH is of any form that `init_from` takes: a file, a folder, the workdir of a run. Of a folder all
 pictures are taken that are in it and in folders inside; what else is there is counted and left out.
 A picture that cannot be read is named, and the exit code is 1 when all others are done.
 """
 
+import argparse
 import contextlib
 import json
 import sys
@@ -16,15 +20,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from stvit_jax import command_line, programs
+from stvit_jax import command_line, predict_scenes, programs
+from stvit_jax.checkpoints import files
 from stvit_jax.checkpoints.trained import Trained, load_trained
 from stvit_jax.console import Progress, say, warn
 from stvit_jax.data.decode import UnreadableImage
 from stvit_jax.data.imagenet_names import display_names
 from stvit_jax.data.pictures import Crop, crops, find
 from stvit_jax.data.sources.scan import LeftOut
-from stvit_jax.errors import UserError, one_line
-from stvit_jax.inference import classifier
+from stvit_jax.errors import UserError, one_line, reason
+from stvit_jax.inference import network
 
 TOP = 5  # classes that are said
 BATCH = 32  # pictures at most, unless stated
@@ -44,25 +49,25 @@ def predict(
       batch_size: pictures that are computed at once, at most.
 
     Raises:
-      UserError: as `classifier`.
+      UserError: as `network`.
 
     Yields:
       `image`, the path, and `top`, of the likeliest classes first: `label`, `name`, `probability`;
       or, of a picture that cannot be read, `error` in its place.
     """
     names = display_names(trained.classes, trained.model.num_classes)
-    logits, variables = classifier(trained)
+    logits, variables = network(trained)
     # Few pictures are no whole batch; and the numbers that there are repeat, so programs are kept.
     batch_size = min(batch_size, 1 << (len(paths) - 1).bit_length())
 
-    network = jax.jit(lambda variables, images: jax.nn.softmax(logits(variables, images)))
+    softmax = jax.jit(lambda variables, images: jax.nn.softmax(logits(variables, images)))
 
     def probabilities(batch: list[Crop]) -> Iterator[np.ndarray]:
         images = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
         readable = [crop for crop in batch if not isinstance(crop, UnreadableImage)]
         for image, crop in zip(images, readable, strict=False):
             image[:] = crop
-        return iter(np.asarray(network(variables, images))) if readable else iter(())
+        return iter(np.asarray(softmax(variables, images))) if readable else iter(())
 
     remaining = iter(paths)
     for batch in crops(paths, image_size, batch_size):
@@ -83,10 +88,42 @@ def _top(probabilities: np.ndarray, names: Sequence[str]) -> list[Row]:
     ]
 
 
-def _say(row: Row) -> None:
+def _answers(trained: Trained, paths: Sequence[str], args: argparse.Namespace) -> Iterator[Row]:
+    """The rows of all pictures, of either kind of network."""
+    size, text = args.image_size or trained.image_size, args.output
+    kind = "a segmenter" if trained.is_segmenter else "a classifier"
+    if trained.is_segmenter:
+        if text is None:
+            raise UserError(f"{trained.source} is of {kind}: name a folder for its files, --output")
+        if args.batch_size is not None:
+            raise UserError(
+                f"{trained.source} is of {kind}, which takes pictures one by one: leave out "
+                "--batch-size"
+            )
+        folder = command_line.local_path("--output", text)
+        written = predict_scenes.outputs(folder, paths)
+        try:  # what cannot be written should fail before the work
+            files.make_folder_of(written[0][0])
+        except OSError as error:
+            raise UserError(f"{folder} cannot be created: {reason(error)}") from error
+        what = f"{trained.settings['head']} on {trained.settings['name']}"
+        say(f"{what} of {trained.source}, short sides of {size} pixels")
+        return predict_scenes.predict(trained, paths, size, written)
+    if text is not None:
+        raise UserError(f"{trained.source} is of {kind}, which writes no files: leave out --output")
+    say(f"{trained.settings['name']} of {trained.source}, {size} x {size} pixels")
+    return predict(trained, paths, size, args.batch_size or BATCH)
+
+
+def report(row: Row) -> None:
+    """Says it to a person."""
     say(one_line(row["image"]))
-    for guess in row["top"]:
+    for guess in row.get("top", ()):
         say(f"{guess['probability']:9.2%}  {one_line(guess['name'])}")
+    for found in row.get("classes", ()):
+        say(f"{found['share']:9.2%}  {one_line(found['name'])}")
+    if "labels" in row:
+        say(f"  in {one_line(row['labels'])} and {one_line(row['overlay'])}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,8 +132,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER")
     parser.add_argument("--weights", required=True, metavar="PATH")
     parser.add_argument("--ema", action="store_true", help="take the moving average")
-    parser.add_argument("--image-size", type=int, help="pixels, square; by default as trained")
-    parser.add_argument("--batch-size", type=int, default=BATCH, help="pictures at once, at most")
+    parser.add_argument(
+        "--image-size", type=int, help="pixels of a side, or of the short side; as trained"
+    )
+    parser.add_argument("--batch-size", type=int, help="pictures at once, of a classifier")
+    parser.add_argument("--output", metavar="FOLDER", help="for the answers of a segmenter")
     parser.add_argument("--json", action="store_true", help="nothing but JSON on standard output")
     args = parser.parse_args(argv)
     for flag, value in (("--image-size", args.image_size), ("--batch-size", args.batch_size)):
@@ -109,17 +149,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         paths = find(args.images, left_out)
         programs.keep(deterministic=False)
         trained = load_trained(args.weights, args.ema)
-        image_size = args.image_size or trained.image_size
-        say(f"{trained.settings['name']} of {trained.source}, {image_size} x {image_size} pixels")
+        answers = _answers(trained, paths, args)
         if left_out:
             say(f"left out: {left_out}")
         progress = Progress("predicting", len(paths))
-        for row in predict(trained, paths, image_size, args.batch_size):
+        for row in answers:
             rows.append(row)
             if "error" in row:
                 warn(f"{one_line(row['image'])} cannot be read: {one_line(row['error'])}")
             elif not args.json:
-                _say(row)
+                report(row)
             progress.update(len(rows))
     if args.json:
         say("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]")

@@ -4,9 +4,11 @@ One figure, as in the paper, a row for every stage: the image with a chosen pixe
 that every pixel belongs to, of each block that samples; and of the last block, how much pixels
 belong to the chosen pixel's super tokens, and what it attends to, head by head. Everything comes
 from what the network computed for the image. PATH is weights of any form that train.py's init_from
-takes. FILE may end in .png, .pdf or .svg.
+takes. FILE may end in .png, .pdf or .svg. Of a segmenter the first row is its answer: the image
+under the colours of its classes, and their names.
 
-The image is cut as in an evaluation; with `--image-size HxW` all of it is resized to that.
+The image is cut as in an evaluation, for a segmenter resized; with `--image-size HxW` all of it is
+resized to that.
 """
 
 import dataclasses
@@ -22,13 +24,16 @@ from PIL import Image
 from stvit_jax import command_line, figures
 from stvit_jax.checkpoints.trained import Trained, load_trained
 from stvit_jax.console import say
-from stvit_jax.data import decode
+from stvit_jax.data import decode, pictures
+from stvit_jax.data.class_lists import of_network
 from stvit_jax.data.normalization import normalize
-from stvit_jax.errors import UserError, reason
+from stvit_jax.errors import UserError, one_line, reason
+from stvit_jax.models.settings import backbone
 from stvit_jax.ops import association as maps
 
 STRONGEST = 3  # super tokens of the chosen pixel that are shown
 LARGEST = 2048  # pixels of a side
+NAMED = 12  # classes, the largest, in a figure
 HEAT = "inferno"
 _ORDINALS = ("strongest", "second", "third")
 
@@ -52,11 +57,16 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One picture of the figure: a map over the image, values or numbers of super tokens."""
+    """One picture of the figure: a map over the image, values or numbers of super tokens.
+
+    Or a picture of its size in place of the image, uint8; or the names of colours.
+    """
 
     title: str
     heat: np.ndarray | None = None
     tokens: np.ndarray | None = None
+    picture: np.ndarray | None = None
+    legend: tuple[tuple[str, np.ndarray], ...] | None = None
 
 
 def look(trained: Trained, image: np.ndarray) -> list[list[Block]]:
@@ -66,18 +76,23 @@ def look(trained: Trained, image: np.ndarray) -> list[list[Block]]:
       trained: a network.
       image: uint8 (H, W, 3).
     """
+    network, variables = backbone(trained.model), trained.variables
+    if trained.is_segmenter:
+        variables = {
+            name: tree["backbone"] for name, tree in variables.items() if "backbone" in tree
+        }
 
     def sown(variables: Any, image: jax.Array) -> Any:
         how = {"method": "feature_maps", "mutable": ["intermediates"]}
-        sown = trained.model.apply(variables, normalize(image[None]), **how)[1]["intermediates"]
-        for i, depth in enumerate(trained.model.depths):
+        sown = network.apply(variables, normalize(image[None]), **how)[1]["intermediates"]
+        for i, depth in enumerate(network.depths):
             for j in range(depth - 1):
                 del sown[f"layers_{i}"][f"blocks_{j}"]["attn"]["attention"]
         return sown
 
-    of_stages = jax.jit(sown)(trained.variables, image)
+    of_stages = jax.jit(sown)(variables, image)
     stages = []
-    for i, depth in enumerate(trained.model.depths):
+    for i, depth in enumerate(network.depths):
         size = tuple(-(-side // (4 * 2**i)) for side in image.shape[:2])  # strides round up
         blocks = [of_stages[f"layers_{i}"][f"blocks_{j}"]["attn"] for j in range(depth)]
         stages.append(
@@ -133,9 +148,32 @@ def panels(stages: list[list[Block]], image: np.ndarray, at: tuple[int, int]) ->
     return rows
 
 
+def answer(trained: Trained, image: np.ndarray) -> list[Panel]:
+    """The first row of a segmenter's figure: the image, its classes over it, their names.
+
+    Args:
+      trained: a segmenter.
+      image: uint8 (H, W, 3).
+    """
+
+    @jax.jit
+    def labels(variables: Any, image: jax.Array) -> jax.Array:
+        return trained.model.apply(variables, normalize(image[None]))[0].argmax(-1)
+
+    count = trained.model.num_classes
+    names, palette = of_network(trained.classes, count)
+    label = np.asarray(labels(trained.variables, image))
+    shares = np.bincount(label.ravel(), minlength=count) / label.size
+    largest = [k for k in np.argsort(-shares, kind="stable")[:NAMED] if shares[k]]
+    named = tuple((f"{one_line(names[k], 24)} {shares[k]:.1%}", palette[k]) for k in largest)
+    over = figures.overlay(image, label, palette)
+    return [Panel("image"), Panel("classes", picture=over), Panel("", legend=named)]
+
+
 def draw(rows: list[list[Panel]], image: np.ndarray, at: tuple[int, int]) -> Any:
     """The figure; arguments as of `panels`."""
     from matplotlib import colormaps
+    from matplotlib.patches import Patch
 
     columns = max(len(row) for row in rows)
     height, width = image.shape[:2]
@@ -147,13 +185,17 @@ def draw(rows: list[list[Panel]], image: np.ndarray, at: tuple[int, int]) -> Any
     for line, row in zip(grid, rows, strict=True):
         for axes, panel in zip(line, row, strict=False):
             axes.set_title(panel.title, fontsize=7)
+            if panel.legend is not None:
+                patches = [Patch(facecolor=c / 255, label=name) for name, c in panel.legend]
+                axes.legend(handles=patches, loc="upper left", fontsize=6, frameon=False)
+                continue
             if panel.heat is not None:
                 heat = colormaps[HEAT](panel.heat / panel.heat.max())[..., :3]
                 shown = 0.7 * _enlarged(heat, image) + 0.3 * _enlarged(grey, image)
             elif panel.tokens is not None:
                 shown = _cells(panel.tokens, image)
             else:
-                shown = image
+                shown = image if panel.picture is None else panel.picture
             axes.imshow(shown, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
             if panel.tokens is None:
                 axes.plot(at[1], at[0], "+", color="white", ms=9, mew=3)
@@ -191,12 +233,13 @@ def _scaled(at: tuple[int, int], image: np.ndarray, size: tuple[int, int]) -> tu
     return tuple(a * n // side for a, n, side in zip(at, size, image.shape[:2], strict=True))
 
 
-def read_image(path: Path, size: tuple[int, ...]) -> np.ndarray:
+def read_image(path: Path, size: tuple[int, ...], whole: bool = False) -> np.ndarray:
     """The pixels that the network sees, uint8 (H, W, 3).
 
     Args:
       path: of an image.
       size: (S,) for the crop of an evaluation, or (H, W) for the whole image.
+      whole: (S,) is the short side of a whole image, as `pictures.scenes` has it.
 
     Raises:
       UserError: there is no image.
@@ -206,10 +249,12 @@ def read_image(path: Path, size: tuple[int, ...]) -> np.ndarray:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from error
     try:
+        if len(size) == 1 and whole:
+            return pictures.whole_scene(data, size[0])[1]
         if len(size) == 1:
             return decode.eval_image(data, size[0])
-        whole = Image.fromarray(decode.decode_rgb(data))
-        return np.asarray(whole.resize(size[::-1], Image.Resampling.BICUBIC))
+        pixels = Image.fromarray(decode.decode_rgb(data))
+        return np.asarray(pixels.resize(size[::-1], Image.Resampling.BICUBIC))
     except decode.UnreadableImage as error:
         raise UserError(f"{path} is no image that can be read: {error}") from error
 
@@ -230,14 +275,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if any(side > LARGEST or side < 1 for side in size):
         raise UserError(f"--image-size {known.image_size}: sides are 1 to {LARGEST} pixels")
     trained = load_trained(known.weights, known.ema, kernels="plain")
-    if "head" in trained.settings:
-        raise UserError(f"{trained.source} is of a segmenter: only classifiers are drawn")
-    image = read_image(Path(known.image).expanduser(), size or (trained.image_size,))
+    size = size or (trained.image_size,)
+    image = read_image(Path(known.image).expanduser(), size, trained.is_segmenter)
     height, width = image.shape[:2]
+    if max(height, width) > LARGEST:  # of a segmenter, whose long side follows the short one
+        raise UserError(
+            f"{known.image} would be seen at {width} x {height} pixels, and sides are at most "
+            f"{LARGEST}: give a smaller --image-size, or --image-size HxW"
+        )
     y, x = at[::-1] or (height // 2, width // 2)
     if not (0 <= y < height and 0 <= x < width):
         raise UserError(f"--at {known.at} is outside of the image of {width} x {height} pixels")
-    rows = panels(look(trained, image), image, (y, x))
+    rows = [answer(trained, image)] if trained.is_segmenter else []
+    rows += panels(look(trained, image), image, (y, x))
     figures.save(draw(rows, image, (y, x)), output)
     say(f"{output}: {trained.source} at {width} x {height} pixels, pixel {x},{y}")
 

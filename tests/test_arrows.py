@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "stvit_jax"
 GROUND = {"errors", "console", "trees", "parallel", "programs", "places", "cluster"}
 HALL = {"run", "following", "trainer", "evaluator", "plans", "config", "command_line"}
 HALL |= {"validation", "recipes"}
-LEAVES = {"schedules", "torch_weights", "inference"}  # of the door, without weight
+LEAVES = {"schedules", "torch_weights", "inference", "predict_scenes"}  # of the door
 WINGS = {"ops", "models", "data", "augment", "checkpoints", "training", "tasks", "portable"}
 
 # A room, or a wing, and what its files may import of the project; every one its own wing. The
@@ -62,7 +62,7 @@ ARROWS = {
     | GROUND,
     "figures": {"errors", "places"},
     "portable": {"checkpoints.trained", "data.decode", "data.imagenet_names"}
-    | {"data.normalization"}
+    | {"data.class_lists", "data.normalization"}
     | GROUND,
     # Commands at the door, one thin file each; never `run`.
     "": {"following", "figures", "ops", "tasks", "models", "portable", "checkpoints", "data"}
@@ -80,7 +80,7 @@ LIBRARIES = {
     "grain": {"data"},
     "tensorflow_datasets": {"data"},
     "array_record": {"data"},
-    "PIL": {"data", "contact_sheet", "visualize"},
+    "PIL": {"data", "contact_sheet", "figures", "visualize"},
     "matplotlib": {"figures", "visualize"},
     "simplejpeg": {"data"},
     "cykooz_resizer": {"data"},

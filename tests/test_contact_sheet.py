@@ -12,12 +12,14 @@ from PIL import Image
 
 from stvit_jax import contact_sheet
 from stvit_jax.contact_sheet import GAP, GROUP_SIZE, GROUPS, LINE, TILE
+from stvit_jax.data import class_lists
 from stvit_jax.data.examples import Examples
 from stvit_jax.data.loader import train_batches
 from stvit_jax.data.order import Order
 from stvit_jax.data.sources import open_source
 from stvit_jax.errors import UserError
 from stvit_jax.tasks import classification
+from tests import mini_ade
 from tests.mini_sets import picture
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +60,19 @@ def test_shows_every_image_of_the_batch_before_and_after(run, digits_dir: Path) 
         for after in (False, True):  # without augmentation both are the image
             shown = tile(sheet, *divmod(number, GROUP_SIZE), after)
             np.testing.assert_allclose(shown, expected, atol=after)
+
+
+def test_scenes_are_shown_under_their_classes(run, tmp_path: Path) -> None:
+    mini_ade.write(tmp_path / "data")
+    where = ("--config.data.source=ade20k", f"--config.data.dir={tmp_path / 'data'}")
+    plain = ("--config.segmentation.photometric=False", "--config.data.workers=0")
+    sheet = Image.open(run("configs/digit_scenes.py", *where, *plain))
+    palette = class_lists.ade20k()[1]
+    for group in range(GROUPS):
+        before, after = tile(sheet, group, 0, False), tile(sheet, group, 0, True)
+        colour = 2 * after - before  # what half of was mixed in, where a pixel has a class
+        near = np.abs(colour[:, :, None] - palette[[0, 2, 4, 12, 20]]).max(axis=-1) <= 3
+        assert near.any(axis=-1).mean() > 0.4 and near[..., :2].any()
 
 
 def test_augmentation_shows_in_the_second_of_a_pair(run, digits_dir: Path) -> None:

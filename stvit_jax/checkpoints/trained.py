@@ -32,6 +32,11 @@ class Trained:
     image_size: int
     source: Path
 
+    @property
+    def is_segmenter(self) -> bool:
+        """Whether its classes are of pixels, not of pictures."""
+        return "head" in self.settings
+
 
 def load_trained(path: str | Path, ema: bool = False, **overrides: Any) -> Trained:
     """The network in a file of any form that `init_from` takes; its settings are found with it.

@@ -70,6 +70,20 @@ def read_annotation(data: bytes, classes: int) -> np.ndarray:
     return label
 
 
+def write_annotation(label: np.ndarray, palette: np.ndarray) -> bytes:
+    """The PNG that `read_annotation` reads as these labels, its values in the colours of classes.
+
+    Args:
+        label: uint8 (H, W): 0 to K - 1, and IGNORED.
+        palette: uint8 (K, 3), RGB; K is at most MOST_CLASSES.
+    """
+    image = Image.fromarray(label + np.uint8(1))  # IGNORED becomes 0
+    image.putpalette(np.concatenate([np.zeros((1, 3), np.uint8), palette]).tobytes())
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
 def check_size(label: np.ndarray, height: int, width: int) -> None:
     """That a label has the size of its image.
 

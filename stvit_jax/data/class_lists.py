@@ -5,6 +5,7 @@ name a line, the first is the class of value 1; empty lines and such that begin 
 """
 
 import functools
+from collections.abc import Sequence
 from importlib import resources
 
 import numpy as np
@@ -48,6 +49,20 @@ def listed(path: str) -> Classes:
             f"{path} lists {len(names)} classes: list 1 to {MOST_CLASSES} there, a name a line"
         )
     return tuple(names), palette(len(names))
+
+
+def of_network(names: Sequence[str] | None, count: int) -> Classes:
+    """Those of a network, in the colours that its training data are shown in.
+
+    Args:
+      names: by label, as weights carry them; None where they carry none: 150 classes are taken for
+        ADE20K's, and others numbered.
+      count: of its classes.
+    """
+    known = ade20k()
+    if tuple(names or known[0]) == known[0] and count == len(known[0]):
+        return known
+    return tuple(names or (f"class {label}" for label in range(count))), palette(count)
 
 
 def palette(count: int) -> np.ndarray:

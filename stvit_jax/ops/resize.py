@@ -62,6 +62,22 @@ def bilinear_each(x: jax.Array, sizes: jax.Array, size: Size) -> jax.Array:
     return y.astype(x.dtype)
 
 
+def bilinear_row(x: jax.Array, row: jax.Array, size: jax.Array, width: int) -> jax.Array:
+    """One row of what `bilinear_each` makes of a map, for maps that are too large as a whole.
+
+    Args:
+      x: (H, W, C), of floats.
+      row: which, an integer.
+      size: integers (2,), height and width to take the map to.
+      width: of the result, at least as large as that of `size`.
+
+    Returns:
+      (width, C), in the dtype of x; the first `size[1]` are meant.
+    """
+    y = _gathered(x.astype(wide(x.dtype)), size[0], axis=0, count=1, first=row)
+    return _gathered(y, size[1], axis=1, count=width)[0].astype(x.dtype)
+
+
 def nearest(x: jax.Array, size: Size) -> jax.Array:
     """Takes pixel floor(i n_in / n_out) for pixel i of an axis, (B, H, W, C) to (B, *size, C).
 
@@ -95,11 +111,13 @@ def adaptive_average_pool(x: jax.Array, bins: int) -> jax.Array:
     return y.astype(x.dtype)
 
 
-def _gathered(x: jax.Array, n_out: jax.Array, axis: int, count: int) -> jax.Array:
-    """`count` pixels along an axis of (H, W, C), the first `n_out` of which make up the map."""
+def _gathered(
+    x: jax.Array, n_out: jax.Array, axis: int, count: int, first: jax.Array | int = 0
+) -> jax.Array:
+    """`count` pixels from `first` on along an axis of (H, W, C), where `n_out` make up the map."""
     n_in = x.shape[axis]
     # Whole numbers: where a pixel lies is exact, at any precision.
-    at = jnp.maximum((2 * jnp.arange(count) + 1) * n_in - n_out, 0)
+    at = jnp.maximum((2 * (first + jnp.arange(count)) + 1) * n_in - n_out, 0)
     below, rest = jnp.divmod(at, 2 * n_out)
     below = jnp.minimum(below, n_in - 1)
     part = (rest / (2 * n_out)).astype(x.dtype)[:, None]

@@ -20,7 +20,7 @@ from tests.program import ROOT, WITHOUT_TENSORFLOW
 
 pytestmark = pytest.mark.docs
 
-PAGES = ("getting_started", "finetuning", "weights", "using", "adding")
+PAGES = ("getting_started", "finetuning", "weights", "using", "segmentation", "adding")
 # Commands in blocks that are not run: where else they are, or why nowhere.
 ELSEWHERE = {
     "python -m venv": "every CI run",
@@ -29,6 +29,10 @@ ELSEWHERE = {
     "python -m stvit_jax.data.array_record": "tests/data/test_records.py",
     "python -m stvit_jax.contact_sheet": "tests/test_contact_sheet.py",
     "python train.py --config configs/stvit_small.py": "tests/programs/test_imagenet.py",
+    "python train.py --config configs/upernet_small.py": "tests/programs/test_scenes.py",
+    "python convert_torch_weights.py": "tests/checkpoints/test_segmenter_weights.py",
+    "python -m stvit_jax.export": "tests/test_segmenter_commands.py",
+    "python examples/run_exported.py": "tests/test_segmenter_commands.py",
     "python -m benchmarks.program": "tests/test_compilers.py, tests/test_program_benchmark.py",
     "python -m benchmarks": "the tests of benchmarks",
     "apt-get install": "nobody: it is Debian's",

@@ -112,3 +112,16 @@ def test_every_map_has_its_own_size():
         for i, (height, width) in enumerate(sizes):
             alone = resize.bilinear(jnp.asarray(x[i : i + 1]), (height, width))
             np.testing.assert_allclose(together[i, :height, :width], alone[0], rtol=0, atol=1e-13)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_row_by_itself_is_that_row():
+    size = (20, 4)
+    x = np.random.default_rng(0).normal(size=(7, 9, 3))
+    whole = resize.bilinear_each(jnp.asarray(x)[None], jnp.array([size]), size)[0]
+    width = size[1] + 3
+    row = jax.jit(lambda row, size: resize.bilinear_row(jnp.asarray(x), row, size, width))
+    for i in (0, size[0] // 2, size[0] - 1):
+        ours = row(i, jnp.array(size))
+        assert ours.shape == (width, 3)
+        np.testing.assert_allclose(ours[: size[1]], whole[i], rtol=0, atol=1e-14)
