@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.image_size = 64
     config.segmentation.long_side = 64
     config.segmentation.short_side = 64
-    config.segmentation.scale_range = (1.0, 1.0)
+    config.segmentation.scale_range = (0.9, 1.15)
     config.segmentation.largest_class = 1.0
     config.segmentation.photometric = False  # digits and grounds have all colours as they are
     config.data.source = "digit_scenes"

@@ -19,7 +19,7 @@ from stvit_jax.errors import UserError, one_line
 
 CLASSES = ("background", *"0123456789")
 SIZE = 64
-SCENES = {"training": 600, "validation": 150}
+SCENES = {"training": 2400, "validation": 150}
 VERSION = "1.0.0"  # of the pictures: what changes them changes it
 
 _DIGITS = (3, 4)  # from, to, a scene

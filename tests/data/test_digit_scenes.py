@@ -43,7 +43,7 @@ def test_a_set_in_the_layout(data_dir: Path, capsys: pytest.CaptureFixture) -> N
     val = open_scenes("digit_scenes", str(data_dir), train=False)
     assert capsys.readouterr().out == ""  # written once
     assert [path.name for path in (data_dir / "digit_scenes").iterdir()] == [digit_scenes.VERSION]
-    assert (len(train), len(val)) == (600, 150)
+    assert (len(train), len(val)) == (2400, 150)
     assert train.class_names == ("background", *"0123456789")
     counts = np.zeros(256, int)
     bright = []
