@@ -42,12 +42,10 @@ def answer(path: str) -> np.ndarray:
         [*range(0, length - side, how["stride"]), length - side] for length in pixels.shape[:2]
     ]
     total = np.zeros((*pixels.shape[:2], len(meta["classes"])), np.float32)
-    count = np.zeros((*pixels.shape[:2], 1), np.float32)
     for top, left in itertools.product(*starts):
         window = np.s_[top : top + side, left : left + side]
         total[window] += network(pixels[window][None])[0]
-        count[window] += 1
-    return np.argmax(total / count, axis=-1)
+    return np.argmax(total, axis=-1)  # a mean would have the same
 
 
 paths = sys.argv[2:]
