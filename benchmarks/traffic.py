@@ -32,7 +32,7 @@ _INSTRUCTION = re.compile(
 _SMALL = 2**16  # elements of a stack that nobody need mind
 _CALLS = re.compile(r"\b(?:calls|to_apply)=%?([\w.-]+)")
 _MODULES = re.compile(r"\([A-Z]\w*(?:\.\w+)?\)+/|/[A-Z]\w*(?:\.\w+)?/")  # into those of Flax
-_NO_MODULE = re.compile(r"checkpoint|rematted|step_keys|.*\W")
+_NO_MODULE = re.compile(r"checkpoint|rematted|step_keys|[A-Z]|.*\W")
 _BLOCK = re.compile(r"layers_(\d+)/blocks_(\d+)")
 
 

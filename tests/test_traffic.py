@@ -108,6 +108,7 @@ def test_a_kernel_belongs_to_a_part() -> None:
         ours + "norm_0/checkpoint/jvp(Segmenter.head_logits)/norm_0/mul": "norm_0",
         "jit(step)/jvp(STViT)/layers_1/blocks_3/norm1/mul": "layers_1",
         ours + "mul": "the network",
+        "jit(f)/jvp(Segmenter)/Segmenter.head_logits/backbone/stem/add": "backbone/stem",
         "jit(step)/jvp()/reduce_sum": "loss.py",
     }
     for name, part in names.items():
