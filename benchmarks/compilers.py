@@ -180,6 +180,7 @@ class Program:
 
     step: Callable
     arguments: list[Any]  # state, batch, and what else it takes
+    batch_size: int  # global
     mesh: "Mesh"
     donate: bool
 
@@ -193,7 +194,8 @@ class Program:
 def program(config: "ConfigDict", mode: str, chips: list[Any]) -> Program:
     """The train step of a config (`mode` train), or its first evaluation's (infer), on chips.
 
-    The pictures are random ones of ImageNet's number and classes: no data set is opened.
+    The pictures are random ones of the number and classes of ImageNet's, the scenes of ADE20K's: no
+    data set is opened.
 
     Raises:
       UserError: a mistake in the config.
@@ -202,6 +204,7 @@ def program(config: "ConfigDict", mode: str, chips: list[Any]) -> Program:
     import numpy as np
 
     from stvit_jax import plans, tasks
+    from stvit_jax.data.batching import Batching
     from stvit_jax.data.examples import batch_spec
     from stvit_jax.training.step import abstract_batch, init_state
 
@@ -218,8 +221,9 @@ def program(config: "ConfigDict", mode: str, chips: list[Any]) -> Program:
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.variables)
         variables = jax.eval_shape(lambda: task.fold(zeros))
         evaluation = task.evaluations[0]
-        batch = abstract_batch(batch_spec(evaluation.examples), config.batch_size)
-        return Program(evaluation.measure, [variables, batch], mesh, donate=False)
-    step = plans.train_step_of(config, task, tx, mesh)
-    batch = abstract_batch(batch_spec(task.train), config.batch_size)
-    return Program(step, [state, batch, key], mesh, donate=True)
+        size = evaluation.batch_size or config.batch_size
+        batch = abstract_batch(Batching.of(evaluation.examples, size).specs[0], size)
+        return Program(evaluation.measure, [variables, batch], size, mesh, donate=False)
+    step, size = plans.train_step_of(config, task, tx, mesh), config.batch_size
+    batch = abstract_batch(batch_spec(task.train), size)
+    return Program(step, [state, batch, key], size, mesh, donate=True)

@@ -3,6 +3,7 @@
     python -m benchmarks.program --target v5e:2x4 --model stvit_small --mode train --batch-size 1024
     python -m benchmarks.program --target h100 --config configs/stvit_base.py:384 --mode infer \
         --config.dtype=float32
+    python -m benchmarks.program --target h100 --model upernet:stvit_small
 
 The step is the one that train.py compiles, or eval_only with `--mode infer`, on random pictures of
 1,000 classes. Targets: h100, h100:4, a100, or a TPU slice by its shape: v5e:2x4, v5e:16x16,
@@ -47,9 +48,7 @@ def read_config(args: Any, overrides: Sequence[str]) -> ConfigDict:
         raise UserError("name a network, --model stvit_small, or a config, --config configs/...")
     path, changes = args.config, []
     if path is None:
-        path = f"configs/{args.model}.py"
-        if not Path(path).is_file():  # a variant without a recipe of its own, or none
-            path, changes = "configs/stvit_small.py", [f"--config.model.name={args.model}"]
+        path, changes = recipe(args.model)
     given = {
         "batch_size": args.batch_size,
         "model.depths": args.depths and _tuple("--depths", args.depths),
@@ -60,23 +59,39 @@ def read_config(args: Any, overrides: Sequence[str]) -> ConfigDict:
     return command_line.read_config(path, [*changes, *overrides])
 
 
+def recipe(model: str) -> tuple[str, list[str]]:
+    """The config of a network, `stvit_small` or `upernet:stvit_small`, and what it changes there.
+
+    One without a recipe of its own has that of small.
+    """
+    head, _, name = model.rpartition(":")
+    family, arg = {"": ("stvit", ""), "fpn": ("upernet", ":fpn")}.get(head, (head, ""))
+    path = f"configs/{family}_{name.removeprefix('stvit_')}.py"
+    if Path(path).is_file():
+        return path + arg, []
+    return f"configs/{family}_small.py{arg}", [f"--config.model.name={name}"]
+
+
 def _tuple(flag: str, text: str) -> str:
     if not re.fullmatch(r"\d+(,\d+)*", text):
         raise UserError(f"{flag} {one_line(text)}: write whole numbers, such as 1,1,1,1")
     return f"({text},)"
 
 
-def described(config: ConfigDict, mode: str, target: str, chips: int) -> dict[str, Any]:
+def described(
+    config: ConfigDict, mode: str, target: str, chips: int, batch_size: int
+) -> dict[str, Any]:
     """What a row says of what was compiled."""
+    head = f"{config.segmentation.head}:" if config.task == "segmentation" else ""
     return {
         "target": target,
         "chips": chips,
-        "model": config.model.name,
+        "model": head + config.model.name,
         "depths": list(config.model.depths) if config.model.depths else "whole",
         "mode": mode,
         "image_size": config.image_size,
         "dtype": config.dtype,
-        "batch_size": config.batch_size,
+        "batch_size": batch_size,
         "group_size": config.group_size,
         "remat": list(config.remat),
         "accumulation": config.gradient_accumulation,
@@ -196,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = command_line.parser("python -m benchmarks.program", __doc__)
     parser.add_argument("--target", required=True, help=compilers.EXAMPLES)
-    parser.add_argument("--model", help="a variant, with its published recipe")
+    parser.add_argument("--model", help="a variant, or HEAD:VARIANT, with its published recipe")
     parser.add_argument("--config", metavar="configs/NAME.py[:ARG]", help="with --config.FIELD=V")
     parser.add_argument("--mode", choices=("train", "infer"), default="train")
     parser.add_argument("--batch-size", type=int, help="global; the config's")
@@ -213,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     chips = compilers.devices(args.target)
     program = compilers.program(config, args.mode, chips)
-    row = described(config, args.mode, args.target, len(chips))
+    row = described(config, args.mode, args.target, len(chips), program.batch_size)
     start = time.monotonic()
     try:
         with compilers.heard() as ptxas:
@@ -223,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         found = {"error": one_line(error), "peak_bytes": needed(str(error)), "fits": False}
     else:
-        images = config.batch_size / len(chips)
+        images = program.batch_size / len(chips)
         found = account(compiled, images, whole_depths(config))
         found |= {"registers": ptxas.registers, "spilled": ptxas.spilled}
         found["fits"] = found["peak_bytes"] <= compilers.chip_of(args.target).memory

@@ -31,6 +31,8 @@ _INSTRUCTION = re.compile(
 )
 _SMALL = 2**16  # elements of a stack that nobody need mind
 _CALLS = re.compile(r"\b(?:calls|to_apply)=%?([\w.-]+)")
+_MODULES = re.compile(r"\([A-Z]\w*(?:\.\w+)?\)+/|/[A-Z]\w*(?:\.\w+)?/")  # into those of Flax
+_NO_MODULE = re.compile(r"checkpoint|rematted|step_keys|[A-Z]|.*\W")
 _BLOCK = re.compile(r"layers_(\d+)/blocks_(\d+)")
 
 
@@ -101,8 +103,31 @@ def summary(found: Sequence[Kernel], images: float) -> dict:
     }
 
 
+def parts(found: Iterable[Kernel], images: float) -> dict[str, tuple[float, float]]:
+    """MB an image of every part of a network: forward, and in the gradient; the largest first.
+
+    A part is a module and one inside it, or outside all modules a file of this project. A fusion
+    belongs to where its result is made.
+    """
+    sizes: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+    for kernel in found:
+        backward = "transpose(" in kernel.op_name or "rematted" in kernel.op_name
+        sizes[_part(kernel)][backward] += kernel.bytes / images / 1e6
+    return {part: (x, dx) for part, (x, dx) in sorted(sizes.items(), key=lambda i: -sum(i[1]))}
+
+
+def _part(kernel: Kernel) -> str:
+    """The part of a network that a kernel belongs to."""
+    inside = _MODULES.split(kernel.op_name, maxsplit=1)[1:]
+    if inside:
+        names = [name.split(".")[0] for name in inside[0].split("/")[:-1]]
+        names = [name for name in dict.fromkeys(names) if not _NO_MODULE.match(name)]
+        return "/".join(names[:2]).split("/blocks_")[0] or "the network"
+    return kernel.where.rpartition(" < ")[2].partition(":")[0] or "other"
+
+
 def report(found: Sequence[Kernel], images: float, top: int = 12) -> list[str]:
-    """The account in words: by kind, by source line, and the largest kernels."""
+    """The account in words: by kind, by part, by source line, and the largest kernels."""
     whole = summary(found, images)
     lines = [
         f"through memory: {whole['megabytes_per_image']} MB an image in {whole['kernels']} "
@@ -115,6 +140,9 @@ def report(found: Sequence[Kernel], images: float, top: int = 12) -> list[str]:
         entry = places[kernel.where or kernel.op_name[-60:] or kernel.name, kernel.kind]
         entry[0] += kernel.times
         entry[1] += kernel.bytes
+    lines.append("by part, forward and in the gradient:")
+    for part, (x, dx) in parts(found, images).items():
+        lines.append(f"  {x:8.1f} MB {dx:8.1f} MB {part}")
     lines.append("by source line and kind:")
     for (where, kind), (n, size) in sorted(places.items(), key=lambda item: -item[1][1])[:top]:
         lines.append(f"  {size / images / 1e6:8.1f} MB {n:6d} x {kind}, {where}")

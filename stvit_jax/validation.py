@@ -63,7 +63,7 @@ _SCENE_PARSE = (
 )
 
 IMAGES = ("tfds", "folder", "fake")
-SCENES = ("ade20k", "segmentation_folder", "digit_scenes")
+SCENES = ("ade20k", "segmentation_folder", "digit_scenes", "fake")
 
 
 def _of_segmentation(field: str, test: Callable[[Any], bool], remedy: str) -> Check:

@@ -27,6 +27,9 @@ def maps() -> Iterator[tuple[tuple[int, int, int, int], bool]]:
             for width in widths:
                 yield (batch, side, side, width), False
                 yield (batch, side, side, 4 * width), True
+    for width in STAGES[0][1]:  # of segmentation, at 512: the rows that need most registers
+        yield (16, 128, 128, width), False
+        yield (16, 128, 128, 4 * width), True
 
 
 def main() -> None:

@@ -89,7 +89,7 @@ def test_ptxas_is_asked() -> None:
 def test_kernels_for_hopper_compile_for_every_map_and_spill_nothing() -> None:
     result = python("h100", "tests.gpu_kernels", timeout=1200)
     assert result.returncode == 0, result.stdout[-5000:]
-    assert "144 kernels compiled" in result.stdout, result.stdout[-5000:]
+    assert "152 kernels compiled" in result.stdout, result.stdout[-5000:]
     assert "four devices: each its own images" in result.stdout, result.stdout[-5000:]
 
 
@@ -97,6 +97,12 @@ def test_tpu_kernels_compile_for_every_map_and_copy_none() -> None:
     result = python("v5e:1x1", "tests.tpu_kernels", "v5e:1x1", timeout=1200)
     assert result.returncode == 0, result.stdout[-5000:]
     assert "216 kernels compiled for v5e:1x1" in result.stdout, result.stdout[-5000:]
+
+
+def test_enlarged_logits_are_nowhere() -> None:
+    result = python("h100", "tests.gpu_loss", timeout=600)
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert "nothing enlarged is written" in result.stdout, result.stdout[-5000:]
 
 
 @pytest.mark.parametrize("target, config, mode, dtype", PROGRAMS)
@@ -139,6 +145,16 @@ def moves(row: dict[str, Any]) -> float:
 def test_whole_small_compiles(target, mode, tmp_path) -> None:
     what = ("--model", "stvit_small", "--mode", mode, "--batch-size", "128")
     assert compiled(target, *what, rows=tmp_path / "rows.jsonl", timeout=7200)["fits"]
+
+
+@pytest.mark.slow
+def test_a_step_of_segmentation_moves_no_more_than_it_did(tmp_path) -> None:
+    what = ("--model", "upernet:stvit_small", "--batch-size", "16", "--depths", "1,1,1,1")
+    row = compiled("h100", *what, rows=tmp_path / "rows.jsonl")
+    (line,) = (line for line in LINES if line["model"] == row["model"])
+    assert row["fits"] and not row["collectives"]
+    assert len(row["registers"]) == 16 and not any(row["spilled"])
+    assert moves(row) <= 1.005 * line["megabytes_per_image"]
 
 
 @pytest.mark.parametrize("images", [128, 64])

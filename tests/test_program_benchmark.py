@@ -127,6 +127,7 @@ def test_the_compiler_is_asked_for(monkeypatch) -> None:
         (["--model", "stvit_tiny", "--batch-size", "128", "--config.group_size=8"], None),
         (["--model", "stvit_tiny", "--batch-size", "4", "--config.group_size=4"], "by the 8 dev"),
         (["--model", "stvit_tiney"], "stvit_tiny"),
+        (["--model", "unet:stvit_small"], "there is no config 'configs/unet_small.py'"),
     ],
 )
 def test_mistakes_are_named(arguments, message, monkeypatch) -> None:
@@ -147,6 +148,19 @@ def test_mistakes_are_named(arguments, message, monkeypatch) -> None:
         return
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         program.main(["--target", "v5e:2x4", *arguments])
+
+
+@pytest.mark.parametrize(
+    "model, path, changes",
+    [
+        ("stvit_base", "configs/stvit_base.py", []),
+        ("upernet:stvit_large", "configs/upernet_large.py", []),
+        ("fpn:stvit_base", "configs/upernet_base.py:fpn", []),
+        ("fpn:stvit_tiny", "configs/upernet_small.py:fpn", ["--config.model.name=stvit_tiny"]),
+    ],
+)
+def test_a_network_has_its_recipe(model, path, changes) -> None:
+    assert program.recipe(model) == (path, changes)
 
 
 def test_a_row_is_told_whether_it_fits_or_not(monkeypatch, tmp_path, capsys) -> None:

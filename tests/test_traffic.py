@@ -1,6 +1,8 @@
 # ruff: noqa: E501 - lines as compilers write them
 """The account of a compiled program, on text as a GPU's and a TPU's compiler write it."""
 
+import re
+
 import pytest
 
 from benchmarks import traffic
@@ -95,6 +97,26 @@ def test_the_account_in_numbers_and_words(found) -> None:
     lines = traffic.report(list(found.values()), 0.001, top=2)
     assert lines[0].startswith("through memory: 48.1 MB an image in 9 kernels")
     assert any("own" in line for line in lines) and "largest" in "".join(lines)
+
+
+def test_a_kernel_belongs_to_a_part() -> None:
+    """A module and one inside; outside modules a file."""
+    ours = "jit(step)/jvp(Segmenter.head_logits)/"
+    names = {
+        ours + "decode_head/decode_head.logits/conv_seg/bhwd,dk->bhwk/dot": "decode_head/conv_seg",
+        ours + "backbone.feature_maps/layers_2/blocks_0/mlp/fc1/add": "backbone/layers_2",
+        ours + "norm_0/checkpoint/jvp(Segmenter.head_logits)/norm_0/mul": "norm_0",
+        "jit(step)/jvp(STViT)/layers_1/blocks_3/norm1/mul": "layers_1",
+        ours + "mul": "the network",
+        "jit(f)/jvp(Segmenter)/Segmenter.head_logits/backbone/stem/add": "backbone/stem",
+        "jit(step)/jvp()/reduce_sum": "loss.py",
+    }
+    for name, part in names.items():
+        backward = re.sub(r"jvp\((.*?)\)", r"transpose(jvp(\1))", name, count=1)
+        for op_name, expected in ((name, (2, 0)), (backward, (0, 2))):
+            where = "deep.py:3 < loss.py:7"
+            kernel = traffic.Kernel("k", "loop", 4_000_000, 0, 1, where, op_name, "f32[1]")
+            assert traffic.parts([kernel], images=2) == {part: expected}
 
 
 @pytest.mark.parametrize("rows, expected", [(10, ["fused"]), (2, [])])

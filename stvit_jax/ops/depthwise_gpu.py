@@ -11,6 +11,7 @@ Shapes: B images, H x W pixels, C channels.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,9 @@ _THREADS = 128  # of a program: one warpgroup
 _COPY_LIMIT = 256  # elements of a side that an asynchronous copy takes at most
 _AHEAD = 4  # rows that are loaded or held at a time
 _IMAGES = 4  # of a program of the gradient, which sums over them
-_WAITING = 48  # of a thread's registers: sums that wait for the next row
+# Of a thread's registers: sums that wait for the next row, and as many as where there is no other
+# cut.
+_WAITING = (48, 64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +52,13 @@ class Tiling:
 
 def tiling(w: int, c: int) -> Tiling | None:
     """The cut of rows of `w` pixels and `c` channels; None where these do not divide."""
-    for vector in (2, 1):  # 32 threads read 128 bytes of shared memory at a time, or half of it
-        for columns in (1, 2, 4, 8):
-            channels = _THREADS * vector // columns
-            fits = 32 <= channels <= _COPY_LIMIT and w <= _COPY_LIMIT
-            waiting = 2 * w * channels // _THREADS
-            if fits and w % columns == 0 and c % channels == 0 and waiting <= _WAITING:
-                return Tiling(channels, columns, vector)
+    # 32 threads read 128 bytes of shared memory at a time, or half of it.
+    for most, vector, columns in itertools.product(_WAITING, (2, 1), (1, 2, 4, 8)):
+        channels = _THREADS * vector // columns
+        fits = 32 <= channels <= _COPY_LIMIT and w <= _COPY_LIMIT
+        waiting = 2 * w * channels // _THREADS
+        if fits and w % columns == 0 and c % channels == 0 and waiting <= most:
+            return Tiling(channels, columns, vector)
     return None
 
 

@@ -7,6 +7,7 @@ computed in float32, and the result is rounded once.
 Shapes: B images, H x W pixels, C channels.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -21,9 +22,10 @@ Size = tuple[int, int]
 def bilinear(x: jax.Array, size: Size) -> jax.Array:
     """Interpolates between the two nearest rows and columns; at the border the outermost counts.
 
-    An axis that grows by a whole number is a sum of shifted maps, one for every place between two
-    pixels: its gradient is one, too, where that of a gather would be a scatter. Any other ratio is
-    a product with a matrix of two numbers a row.
+    Ratios that are whole and even are computed at once, see `squares`. Otherwise, and in the
+    gradient, it is an axis after the other: one that grows by a whole number is a sum of shifted
+    maps, one for every place between two pixels, whose gradient is one, too, where that of a gather
+    would be a scatter. Any other ratio is a product with a matrix of two numbers a row.
 
     Args:
       x: (B, H, W, C), of floats.
@@ -32,6 +34,25 @@ def bilinear(x: jax.Array, size: Size) -> jax.Array:
     Returns:
       (B, *size, C), in the dtype of x.
     """
+    return _at_once(x, size) if in_squares(x.shape[1:3], size) else _by_axis(x, size)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _at_once(x: jax.Array, size: Size) -> jax.Array:
+    (h, w), (height, width) = x.shape[1:3], size
+    ratios = height // h, width // w
+    y = squares(x.astype(wide(x.dtype)), ratios).swapaxes(2, 3)
+    y = y.reshape(-1, height + ratios[0], width + ratios[1], x.shape[-1])
+    top, left = (ratio // 2 for ratio in ratios)
+    return y[:, top : height + top, left : width + left].astype(x.dtype)
+
+
+@_at_once.defjvp
+def _at_once_jvp(size: Size, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return _at_once(*primals, size), _by_axis(*tangents, size)
+
+
+def _by_axis(x: jax.Array, size: Size) -> jax.Array:
     y = x.astype(wide(x.dtype))
     for axis, n_out in zip((1, 2), size, strict=True):
         n_in = y.shape[axis]
@@ -42,6 +63,43 @@ def bilinear(x: jax.Array, size: Size) -> jax.Array:
         else:
             y = _along(y, axis, _interpolation(n_in, n_out))
     return y.astype(x.dtype)
+
+
+def in_squares(before: Size, after: Size) -> bool:
+    """Whether the ratios of two sizes are whole and even, so that `squares` are whole."""
+    return all(n_out % (2 * n_in) == 0 for n_in, n_out in zip(before, after, strict=True))
+
+
+def squares(x: jax.Array, ratios: Size) -> jax.Array:
+    """Maps (B, H, W, C), enlarged by even ratios (y, x): (B, H + 1, W + 1, y, x, C).
+
+    Square (i, j) has the pixels between rows i - 1 and i, columns j - 1 and j, which depend on
+    these four alone: a sum of four shifted maps, which XLA computes in one go, or where it is
+    needed. What is half a square or less beyond the border is not part of the enlarged map.
+    """
+    total = 0
+    for i, j, share in corners(x, ratios):
+        shifted = jnp.pad(x, ((0, 0), (1 - i, i), (1 - j, j), (0, 0)))
+        total += shifted[:, :, :, None, None] * share
+    return total
+
+
+def corners(x: jax.Array, ratios: Size) -> Iterator[tuple[int, int, jax.Array]]:
+    """Of each corner of `squares` (0: above, left; 1: below, right), what a pixel has of it.
+
+    (H + 1, W + 1, y, x, 1), in the dtype of x; at the border it has all of the one there is.
+    """
+    rows, columns = (_shares(n, m) for n, m in zip(x.shape[1:3], ratios, strict=True))
+    for i, row in enumerate(rows.astype(x.dtype)):
+        for j, column in enumerate(columns.astype(x.dtype)):
+            yield i, j, jnp.asarray(row[:, None, :, None, None]) * column[:, None, :, None]
+
+
+def _shares(n: int, m: int) -> np.ndarray:
+    """What m pixels between two have of the first and the second, (2, n + 1, m)."""
+    second = np.tile((np.arange(m) + 0.5) / m, (n + 1, 1))
+    second[0], second[-1] = 1, 0
+    return np.stack([1 - second, second])
 
 
 def bilinear_each(x: jax.Array, sizes: jax.Array, size: Size) -> jax.Array:

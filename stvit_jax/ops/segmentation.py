@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stvit_jax.ops import enlarged, resize
+from stvit_jax.ops.enlarged import IGNORED
 from stvit_jax.ops.precision import wide
-
-IGNORED = 255  # the label of pixels that are of no class
 
 
 def cross_entropy(
@@ -20,24 +20,37 @@ def cross_entropy(
     """The pixels' mean cross-entropy, a scalar in at least float32.
 
     Args:
-      logits: (B, H, W, K), at the labels' size.
+      logits: (B, h, w, K), of any size: they are enlarged to the labels', bilinearly.
       labels: integers (B, H, W), classes or `IGNORED`, which has no loss.
       mean_of_labelled: the sum is divided by the number of pixels that are not ignored; by default
         by that of all, as in the papers' runs.
     """
     logits = logits.astype(wide(logits.dtype))
+    if enlarged.takes(logits, labels):
+        gain = enlarged.log_probability(logits, enlarged.in_squares(labels, logits))
+    else:
+        gain = _log_probability(resize.bilinear(logits, labels.shape[1:]), labels)
+    pixels = jnp.sum(labels != IGNORED) if mean_of_labelled else labels.size
+    return -jnp.sum(gain) / (pixels + jnp.finfo(jnp.float32).eps)
+
+
+def _log_probability(logits: jax.Array, labels: jax.Array) -> jax.Array:
     kept = labels != IGNORED
     index = jnp.where(kept, labels, 0).astype(jnp.int32)[..., None]
     target = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
-    loss = jnp.where(kept, jax.nn.logsumexp(logits, axis=-1) - target, 0)
-    pixels = jnp.sum(kept) if mean_of_labelled else labels.size
-    return jnp.sum(loss) / (pixels + jnp.finfo(jnp.float32).eps)
+    return jnp.where(kept, target - jax.nn.logsumexp(logits, axis=-1), 0)
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """The share of pixels that are right, of those that are not ignored; arguments as above."""
+    logits = logits.astype(wide(logits.dtype))
+    if enlarged.takes(logits, labels):
+        labels = enlarged.in_squares(labels, logits)
+        answers = enlarged.answers(logits, labels)
+    else:
+        answers = jnp.argmax(resize.bilinear(logits, labels.shape[1:]), axis=-1)
     kept = labels != IGNORED
-    right = kept & (jnp.argmax(logits, axis=-1) == labels)
+    right = kept & (answers == labels)
     return jnp.sum(right) / (jnp.sum(kept) + jnp.finfo(jnp.float32).eps)
 
 

@@ -31,7 +31,6 @@ from stvit_jax.models.kernels import kernels_for
 from stvit_jax.models.segmenter import Segmenter, create_segmenter
 from stvit_jax.models.settings import images as input_of
 from stvit_jax.models.settings import is_segmenter
-from stvit_jax.ops import resize
 from stvit_jax.ops.segmentation import IGNORED, accuracy, cross_entropy
 from stvit_jax.tasks import pixels
 from stvit_jax.tasks.protocol import Protocol
@@ -229,15 +228,11 @@ def objective(
             method="head_logits",
         )
         label = batch["label"]
-
-        def enlarged(logits: jax.Array) -> jax.Array:
-            return resize.bilinear(logits, label.shape[1:])
-
         criterion = partial(cross_entropy, labels=label, mean_of_labelled=mean_of_labelled)
-        main = enlarged(logits.main)
-        total, scalars = criterion(main), {"pixel_accuracy": accuracy(main, label)}
+        total = criterion(logits.main)
+        scalars = {"pixel_accuracy": accuracy(logits.main, label)}
         if logits.auxiliary is not None:
-            auxiliary = criterion(enlarged(logits.auxiliary))
+            auxiliary = criterion(logits.auxiliary)
             total += auxiliary_weight * auxiliary
             scalars["auxiliary_loss"] = auxiliary
         return total, (updated["batch_stats"], scalars)

@@ -17,6 +17,7 @@ ROUNDING = 2**-8  # of bfloat16, relative
 # Maps of the network's sides in their narrowest block, one image, several in a group, and heights
 # that are no multiple of what is loaded ahead.
 MAPS = [
+    (1, 2, 128, 32),
     (1, 3, 56, 32),
     (1, 5, 28, 64),
     (2, 4, 14, 64),

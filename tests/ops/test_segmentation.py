@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stvit_jax.ops import segmentation
+from stvit_jax.ops import enlarged, resize, segmentation
 
 
 def test_scores_are_mmsegmentations(data_dir):
@@ -15,7 +15,7 @@ def test_scores_are_mmsegmentations(data_dir):
         np.asarray(count(golden[f"miou/pred{i}"], golden[f"miou/gt{i}"], 9)) for i in (0, 1)
     )
     np.testing.assert_array_equal(np.diag(total), golden["miou/intersect"])
-    union = total.sum(0) + total.sum(1) - np.diag(total)
+    union = total.sum(0)[:-1] + total.sum(1) - np.diag(total)
     np.testing.assert_array_equal(union, golden["miou/union"])
     assert total.sum() == sum(np.sum(golden[f"miou/gt{i}"] != 255) for i in (0, 1))
     ours = segmentation.scores(total)
@@ -30,14 +30,14 @@ def test_counts_are_exact_and_of_every_pair():
     labels, predicted = rng.integers(0, 5, (2, 3, 50, 40))
     labels = np.where(rng.uniform(size=labels.shape) < 0.2, 255, labels)
     counts = segmentation.confusion(jnp.asarray(predicted), jnp.asarray(labels, jnp.uint8), 5)
-    expected = [[np.sum((labels == i) & (predicted == j)) for j in range(5)] for i in range(5)]
+    expected = [[np.sum((labels == i) & (predicted == j)) for j in range(6)] for i in range(5)]
     np.testing.assert_array_equal(counts, expected)
 
 
 def test_nothing_to_divide_by_is_no_number():
-    scores = segmentation.scores(np.zeros((3, 3), int))
+    scores = segmentation.scores(np.zeros((3, 4), int))
     assert all(np.isnan(value) for value in scores.values())
-    one = segmentation.scores(np.diag([5, 0, 0]))
+    one = segmentation.scores(np.diag([5, 0, 0, 0])[:3])
     assert one == {"miou": 1, "aacc": 1, "macc": 1}
 
 
@@ -61,3 +61,35 @@ def test_cross_entropy_and_what_is_ignored():
     assert segmentation.cross_entropy(logits, nothing, mean_of_labelled=True) == 0
     narrow = segmentation.cross_entropy(jnp.asarray(logits, jnp.bfloat16), labels)
     assert narrow.dtype == jnp.float32
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "size, ratios", [((5, 4), (4, 4)), ((3, 2), (2, 16)), ((1, 3), (4, 3)), ((4, 4), (1, 1))]
+)
+def test_logits_of_any_size_are_enlarged(size, ratios):
+    """In squares or not: loss, gradient and accuracy are those of the enlarged logits."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(300 * rng.normal(size=(2, *size, 6)))  # more than exp can take
+    whole = tuple(n * ratio for n, ratio in zip(size, ratios, strict=True))
+    labels = rng.integers(0, 6, (2, *whole)).astype(np.uint8)
+    labels[:, 0], labels[1, :, -1] = 255, 255
+    assert enlarged.takes(logits, labels) == (ratios[1] % 2 == 0)
+
+    def plain(logits):
+        logits = resize.bilinear(logits, whole)
+        log = jax.nn.log_softmax(logits)
+        each = jnp.take_along_axis(log, np.where(labels == 255, 0, labels)[..., None], -1)[..., 0]
+        right = jnp.argmax(logits, -1) == labels
+        return -jnp.mean(jnp.where(labels == 255, 0, each)), right[labels != 255].mean()
+
+    def ours(logits):
+        return segmentation.cross_entropy(logits, labels), segmentation.accuracy(logits, labels)
+
+    expected = jax.value_and_grad(plain, has_aux=True)(logits)
+    found = jax.jit(jax.value_and_grad(ours, has_aux=True))(logits)
+    (loss, accuracy), gradient = jax.tree.map(np.asarray, expected)
+    assert np.abs(gradient).max() > 1e-3
+    np.testing.assert_allclose(found[0][0], loss, rtol=2e-7 / labels.size)
+    np.testing.assert_allclose(found[0][1], accuracy, rtol=1e-6)
+    np.testing.assert_allclose(found[1], gradient, rtol=0, atol=1e-8)

@@ -6,7 +6,7 @@
 Images may be of any format that is read, and in folders inside. Annotations are PNG files as
 `data.annotations` reads them: 0 is ignored, 1 to K are the classes. Scenes are in the order of
 their paths. `ade20k` has its 150 classes; a `segmentation_folder` lists its own in `classes.txt`,
-beside `images`; `digit_scenes` are made where they are missing.
+beside `images`; `digit_scenes` are made where they are missing; `fake` ones are in no file.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from stvit_jax.data.annotations import (
 )
 from stvit_jax.data.decode import UnreadableImage
 from stvit_jax.data.sources import Source
+from stvit_jax.data.sources.fake import SCENES, FakeScenes
 from stvit_jax.data.sources.scan import LeftOut, images_below
 from stvit_jax.errors import UserError, listing, one_line
 
@@ -87,11 +88,11 @@ class SceneSource(Source):
         return sizes
 
 
-def open_scenes(source: str, data_dir: str, *, train: bool) -> SceneSource:
+def open_scenes(source: str, data_dir: str, *, train: bool) -> SceneSource | FakeScenes:
     """Opens one split of a set of scenes.
 
     Args:
-      source: `ade20k`, `segmentation_folder` or `digit_scenes` (config `data.source`).
+      source: `ade20k`, `segmentation_folder`, `digit_scenes` or `fake` (config `data.source`).
       data_dir: the folder that holds `images` and `annotations`; of ade20k also the folder around
         it; of digit_scenes the data directory of tfds, empty for its default (config `data.dir`).
       train: the split to train on, else the one to evaluate on.
@@ -106,6 +107,8 @@ def open_scenes(source: str, data_dir: str, *, train: bool) -> SceneSource:
             f"100 classes, not the 150 classes; set data.source=ade20k and data.dir to {ADE20K} "
             f"({_ADDRESS})"
         )
+    if source == "fake":
+        return FakeScenes(SCENES[train])
     if source == "ade20k":
         root, (names, palette) = _ade20k(data_dir), class_lists.ade20k()
     elif source == "segmentation_folder":
@@ -119,7 +122,7 @@ def open_scenes(source: str, data_dir: str, *, train: bool) -> SceneSource:
     else:
         raise UserError(
             f"data.source {source!r} is unknown for segmentation: use 'ade20k', "
-            "'segmentation_folder' or 'digit_scenes'"
+            "'segmentation_folder', 'digit_scenes' or 'fake'"
         )
     images, annotations = (_split(root, kind, train) for kind in ("images", "annotations"))
     scenes = SceneSource(names, palette, images, annotations, _pairs(images, annotations))
