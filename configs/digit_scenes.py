@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     config.schedule = "poly"
     config.total_steps = 1400
     config.warmup_steps = 50
-    config.learning_rate = 512 / 16 * 4e-3  # 4e-3 for 16 scenes
+    config.learning_rate = 512 / 16 * 5e-3  # 5e-3 for 16 scenes
     config.min_learning_rate = 0.0
     config.weight_decay = 0.05
     config.ema_decay = 0.0

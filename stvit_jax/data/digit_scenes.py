@@ -1,6 +1,6 @@
 """The set of segmentation's embedded default run: scenes of the digits that scikit-learn ships.
 
-64 x 64 pixels: bright digits, enlarged three to four times, on a dark ground of changing colour,
+64 x 64 pixels: bright digits, about four times enlarged, on a dark ground of changing colour,
 one over another here and there. The classes are the ground and the ten digits; a border of one
 pixel around every digit, where both mix, is ignored. What is evaluated on shows held-out digits,
 the same as in `digits`. Files lie in the layout of `sources.scenes`.
@@ -22,8 +22,8 @@ SIZE = 64
 SCENES = {"training": 2400, "validation": 150}
 VERSION = "1.0.0"  # of the pictures: what changes them changes it
 
-_DIGITS = (3, 4)  # from, to, a scene
-_SIDE = (24, 32)  # pixels of a digit; on disk it has 8
+_DIGITS = (2, 3)  # from, to, a scene
+_SIDE = (28, 36)  # pixels of a digit; on disk it has 8
 _HIDDEN = 0.2  # of a digit, at most, under the next one
 _TRIES = 20  # to find such a place; a digit without one is left out
 _NOISE = 8  # levels

@@ -10,23 +10,22 @@ import pytest
 
 import stvit_jax
 from tests import mini_ade
-from tests.program import NARROW, NARROW_SETTINGS, Processes, Program, digests, metrics, values
+from tests.program import NARROW_SETTINGS, Processes, Program, digests, metrics, values
 
 STEPS = 6
 MEASURES = ("eval/miou", "eval/aacc", "eval/macc", "eval/count", "eval/unreadable")
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start(compiled, tmp_path_factory):
     """Starts the published recipe, narrow and on small crops; compiled programs are shared."""
     folder = mini_ade.write(tmp_path_factory.mktemp("ade"), train=8, val=4)
     broken = sorted((folder / "images" / "validation").iterdir())[0]
     broken.write_bytes(broken.read_bytes()[:200])
-    cache = tmp_path_factory.mktemp("compiled")
 
     def start(workdir, *flags, count=1, **options):
         common = (
-            *NARROW,
+            *(f"--config.model.{field}={value}" for field, value in NARROW_SETTINGS.items()),
             "--config.model.name=stvit_tiny",
             "--config.segmentation.channels=8",
             "--config.segmentation.short_side=48",
@@ -42,7 +41,7 @@ def start(tmp_path_factory):
             "--config.log_every=1",
         )
         options = {"config": "configs/upernet_small.py"} | options
-        options |= {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+        options |= compiled
         if count > 1:
             return Processes(count, workdir, *common, *flags, **options)
         return Program(workdir, *common, *flags, **options)
