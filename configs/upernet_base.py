@@ -1,18 +1,6 @@
 """UPerNet on stvit_base for ADE20K, 160,000 steps; with :fpn Semantic FPN, 80,000.
 
-Get ADEChallengeData2016 and its annotations; D is the folder that holds images/ and annotations/.
-W are weights of classification: released ones, or a run's workdir.
-
-Train:
-    python train.py --config configs/upernet_base.py --workdir runs/upernet_base \
-        --config.data.dir=D --config.init_from=W
-Test at six scales and mirrored, as the papers' second numbers are:
-    python train.py --config configs/upernet_base.py --workdir runs/upernet_base \
-        --config.data.dir=D --config.eval_only=True --config.segmentation.test_flip=True \
-        "--config.segmentation.test_scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75)"
-
-The backbone has the super tokens it was trained with, (8, 4, 1, 1). Coarser ones need less memory:
-"--config.model.stoken_size=(16, 8, 2, 1)". docs/segmentation.md has the recipe and its sources.
+Data, commands and what the rows mean are those of `upernet_small.py`.
 
 | head | super tokens | test | hardware | time | mIoU | mIoU in the paper |
 | --- | --- | --- | --- | --- | --- | --- |

@@ -139,9 +139,24 @@ def base() -> ConfigDict:
     return config
 
 
-def model_settings(config: ConfigDict) -> dict[str, Any]:
-    """The overrides of `create_model` that the config states."""
-    return {k: v for k, v in config.model.items() if k != "name" and v is not None}
+def model_settings(config: ConfigDict, classes: int, whose: str) -> dict[str, Any]:
+    """The overrides of `create_model` that the config states, with the number of classes.
+
+    Args:
+      config: the config.
+      classes: how many there are.
+      whose: in words, "cifar10 has".
+
+    Raises:
+      UserError: the config states another number.
+    """
+    settings = {k: v for k, v in config.model.items() if k != "name" and v is not None}
+    if settings.setdefault("num_classes", classes) != classes:
+        raise UserError(
+            f"config.model.num_classes is {config.model.num_classes}, but {whose} {classes} "
+            f"classes: leave it out, or set {classes}"
+        )
+    return settings
 
 
 def flat(config: ConfigDict) -> dict[str, str | int | float | bool]:

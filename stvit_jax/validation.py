@@ -97,6 +97,7 @@ SEGMENTATION: tuple[Check, ...] = (
     *(
         _not_for_segmentation(field, neutral, f"segmentation has no such thing: {neutral!r}")
         for field, neutral in (
+            ("gradient_accumulation", 1),  # BatchNorm of the heads sees the whole batch
             ("layer_decay", 1.0),
             ("freeze_stages", 0),
             ("linear_probe", False),

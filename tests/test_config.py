@@ -1,5 +1,6 @@
 """The config: mistakes are named with the field and the remedy; what a continuation may change."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 
-from stvit_jax import command_line, validation
+from stvit_jax import command_line, plans, recipes, schedules, validation
 from stvit_jax import config as configs
 from stvit_jax.errors import UserError
 
@@ -85,6 +86,48 @@ def test_stages_on_the_command_line(text, value):
     config, *_ = command_line.train(arguments, "")
     assert config.remat == value
     validation.validate(config)
+
+
+@pytest.mark.parametrize("name, rate", [("small", 0.15), ("base", 0.4), ("large", 0.5)])
+def test_segmentation_s_recipes_are_the_papers(name, rate):
+    module = importlib.import_module(f"configs.upernet_{name}")
+    upernet, fpn = (module.get_config(arg) for arg in ("", "fpn"))
+    for config in (upernet, fpn):
+        validation.validate(config)
+        assert (config.task, config.data.source) == ("segmentation", "ade20k")
+        assert (config.model.name, config.model.drop_path_rate) == (f"stvit_{name}", rate)
+        assert (config.batch_size, config.image_size, config.ema_decay) == (16, 512, 0)
+    for config, rate, decay, steps, power, warmup, rule in (
+        (upernet, 6e-5, 0.01, 160_000, 1.0, 1500, "mmseg"),
+        (fpn, 1e-4, 1e-4, 80_000, 0.9, 0, "all"),
+    ):
+        course = plans.COURSES[config.schedule](config, 1263)
+        assert course.steps == steps and config.decay == rule and config.weight_decay == decay
+        own = schedules.polynomial(rate, config.min_learning_rate, power, steps, warmup)
+        for step in (0, warmup, steps // 2, steps - 1):
+            assert course.learning_rate(step) == pytest.approx(own(step), rel=1e-12)
+    with pytest.raises(UserError, match="config argument 'xyz' is unknown"):
+        module.get_config("xyz")
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("gradient_accumulation", 2, "segmentation has no such thing: 1"),
+        ("freeze_batch_norm", True, "set config.segmentation.freeze_bn=True"),
+        ("data.source", "folder", "it must be one of tfds, folder, fake (config.task=classif"),
+        ("total_steps", 0, "config.schedule=poly needs its length"),
+        ("segmentation.scale_range", (2.0, 0.5), "write the least and the largest"),
+        ("segmentation.test", "half", "it must be one of whole, slide"),
+    ],
+)
+def test_what_does_not_go_with_segmentation_is_named(field, value, message):
+    config = recipes.ade20k("")
+    config.group_size = 8
+    *path, last = field.split(".")
+    (configs.field_of(config, ".".join(path)) if path else config)[last] = value
+    with pytest.raises(UserError, match=f"config.{field} is .*{re.escape(message)}"):
+        validation.validate(config)
 
 
 def test_the_base_is_valid():

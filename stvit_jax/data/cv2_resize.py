@@ -85,9 +85,7 @@ def _nearest(n_in: int, n_out: int) -> np.ndarray:
     return np.minimum(np.floor(np.arange(n_out) * scale).astype(np.intp), n_in - 1)
 
 
-@functools.lru_cache(
-    maxsize=64
-)  # of the sizes of a set; an entry takes 24 bytes a pixel of an axis
+@functools.lru_cache(maxsize=64)  # sizes of a set; an entry takes 24 bytes a pixel of an axis
 def _columns(n_in: int, n_out: int) -> tuple[np.ndarray, ...]:
     """By column of the result: the two of the image that it lies between, and their weights."""
     whole, fraction = _positions(n_in, n_out)

@@ -20,6 +20,7 @@ from stvit_jax.data.normalization import normalize
 from stvit_jax.errors import UserError, one_line
 from stvit_jax.models import fold
 from stvit_jax.models.stvit import STViT
+from stvit_jax.tasks import counted
 from stvit_jax.training.task import Batch, Evaluation, Metrics, Variables
 
 MOST_CLASSES = 400  # that are counted one against the other
@@ -77,13 +78,9 @@ def finish(total: dict[str, Any]) -> Metrics:
     Raises:
       UserError: no image could be read, or the loss is not finite.
     """
-    count, unreadable = int(total["count"]), int(total["unreadable"])
-    if count == unreadable:
-        raise UserError(
-            f"none of the {count} images to evaluate on can be read, so there is no result: look "
-            "at the files"
-        )
-    loss = float(total["loss"]) / (count - unreadable)
+    seen = counted.images(total)
+    count = seen["count"]
+    loss = float(total["loss"]) / (count - seen["unreadable"])
     if not np.isfinite(loss):
         raise UserError(
             f"the loss of the evaluation is {loss}, so there is no result: the weights are not "
@@ -93,18 +90,14 @@ def finish(total: dict[str, Any]) -> Metrics:
         "top1": float(total["top1"]) / count,
         "top5": float(total["top5"]) / count,
         "loss": loss,
-        "count": count,
-        "unreadable": unreadable,
-    }
+    } | seen
 
 
 def describe(metrics: Metrics) -> str:
     """One line of evaluation metrics."""
-    unreadable = int(metrics["unreadable"])
-    broken = f", {unreadable} of them unreadable" if unreadable else ""
     return (
         f"top-1 {metrics['top1']:.4f} top-5 {metrics['top5']:.4f} loss {metrics['loss']:.4f} "
-        f"({int(metrics['count'])} images{broken})"
+        f"{counted.describe(metrics)}"
     )
 
 

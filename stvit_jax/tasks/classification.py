@@ -115,12 +115,7 @@ def create(config: ConfigDict, mesh: Mesh, classes: int, whose: str) -> STViT:
     Raises:
       UserError: settings that make no network, or state another number of classes.
     """
-    settings = model_settings(config)
-    if settings.setdefault("num_classes", classes) != classes:
-        raise UserError(
-            f"config.model.num_classes is {config.model.num_classes}, but {whose} {classes} "
-            f"classes: leave it out, or set {classes}"
-        )
+    settings = model_settings(config, classes, whose)
     try:
         return create_model(
             config.model.name,

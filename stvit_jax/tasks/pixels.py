@@ -21,6 +21,7 @@ from stvit_jax.errors import UserError, one_line
 from stvit_jax.models import fold
 from stvit_jax.models.segmenter import Segmenter
 from stvit_jax.ops import segmentation
+from stvit_jax.tasks import counted
 from stvit_jax.tasks.protocol import Protocol
 from stvit_jax.training.task import Batch, Evaluation, Metrics, Variables
 
@@ -92,27 +93,20 @@ def finish(total: dict[str, Any]) -> Metrics:
     Raises:
       UserError: no picture could be read, or no pixel has a class.
     """
-    count, unreadable = int(total["count"]), int(total["unreadable"])
-    if count == unreadable:
-        raise UserError(
-            f"none of the {count} images to evaluate on can be read, so there is no result: look "
-            "at the files"
-        )
+    seen = counted.images(total)
     if not total["confusion"].any():
         raise UserError(
-            f"no pixel of the {count} images to evaluate on has a class, so there is no result: "
-            "look at their annotations"
+            f"no pixel of the {seen['count']} images to evaluate on has a class, so there is no "
+            "result: look at their annotations"
         )
-    return segmentation.scores(total["confusion"]) | {"count": count, "unreadable": unreadable}
+    return segmentation.scores(total["confusion"]) | seen
 
 
 def describe(metrics: Metrics) -> str:
     """One line of evaluation metrics."""
-    unreadable = int(metrics["unreadable"])
-    broken = f", {unreadable} of them unreadable" if unreadable else ""
     return (
         f"mIoU {metrics['miou']:.4f} aAcc {metrics['aacc']:.4f} mAcc {metrics['macc']:.4f} "
-        f"({int(metrics['count'])} images{broken})"
+        f"{counted.describe(metrics)}"
     )
 
 

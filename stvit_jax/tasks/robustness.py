@@ -27,6 +27,7 @@ from stvit_jax.data.sources.tfds import open_tfds
 from stvit_jax.errors import UserError
 from stvit_jax.models import fold
 from stvit_jax.models.stvit import STViT
+from stvit_jax.tasks import counted
 from stvit_jax.training.task import Batch, Evaluation, Metrics, Variables
 
 CLASSES = 1000
@@ -165,12 +166,8 @@ def real_accuracy(logits: np.ndarray, labels: np.ndarray, readable: np.ndarray) 
 def describe(name: str, metrics: Metrics) -> str:
     """One line of a set's metrics."""
     top5 = f" top-5 {metrics['top5']:.4f}" if "top5" in metrics else ""
-    unreadable = int(metrics["unreadable"])
-    broken = f", {unreadable} of them unreadable" if unreadable else ""
-    return (
-        f"{name}: top-1 {metrics['top1']:.4f}{top5} "
-        f"({int(metrics['count'])} images{broken}, {int(metrics['classes'])} classes)"
-    )
+    seen = counted.describe(metrics, f", {int(metrics['classes'])} classes")
+    return f"{name}: top-1 {metrics['top1']:.4f}{top5} {seen}"
 
 
 def _set_name(name: str) -> str:

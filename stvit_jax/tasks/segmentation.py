@@ -82,12 +82,7 @@ def create(config: ConfigDict, mesh: Mesh, classes: int, whose: str) -> Segmente
     Raises:
       UserError: settings that make no network, or state another number of classes.
     """
-    settings, own = model_settings(config), config.segmentation
-    if settings.setdefault("num_classes", classes) != classes:
-        raise UserError(
-            f"config.model.num_classes is {config.model.num_classes}, but {whose} {classes} "
-            f"classes: leave it out, or set {classes}"
-        )
+    settings, own = model_settings(config, classes, whose), config.segmentation
     try:
         return create_segmenter(
             own.head,

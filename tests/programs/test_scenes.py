@@ -99,7 +99,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(start, straight, tmp_path):
 def test_measures_are_the_same_on_any_devices_and_in_every_mode(start, straight, tmp_path):
     shutil.copytree(straight, tmp_path / "run")
     own = {key: metrics(straight)[-1][key] for key in MEASURES}
-    assert evaluated(start, tmp_path / "run", devices=8) == pytest.approx(own, abs=2e-3)
+    assert evaluated(start, tmp_path / "run", devices=8) == own
     # A window that nothing exceeds is the whole.
     wide = "--config.segmentation.test=slide", "--config.image_size=96"
     shutil.copytree(straight, tmp_path / "wide")
@@ -117,7 +117,7 @@ def test_two_processes_are_one_run(start, straight, tmp_path):
     run = start(tmp_path / "run", count=2, devices=4)  # eight in all, against one
     assert run.wait() == [0, 0], run.output
     ours, alone = (values(path, "train/loss") for path in (tmp_path / "run", straight))
-    assert ours == pytest.approx(alone, abs=1e-4)
+    assert ours == pytest.approx(alone, rel=1e-5)
     last = metrics(tmp_path / "run")[-1]
     assert last["eval/count"] == 4 and last["eval/unreadable"] == 1
 
