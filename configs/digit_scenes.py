@@ -7,7 +7,9 @@ scikit-learn ships, are composed on first use; the background is a class, too.
 
 | hardware | time | mIoU | aAcc |
 | --- | --- | --- | --- |
-| 2 CPU cores, busy | 5.2 minutes | 78.6 | 96.3 |
+| 2 CPU cores | 4.7 minutes | 83.4 | 97.1 |
+
+A second seed had 83.0; a dozen seconds more are for the scenes, once.
 """
 
 from ml_collections import ConfigDict
@@ -23,6 +25,7 @@ def get_config() -> ConfigDict:
     config.model.depths = (1, 1, 1, 1)
     config.model.num_heads = (1, 2, 4, 4)
     config.segmentation.channels = 48
+    config.segmentation.auxiliary_weight = 1.0
     config.image_size = 64
     config.segmentation.long_side = 64
     config.segmentation.short_side = 64
@@ -35,19 +38,19 @@ def get_config() -> ConfigDict:
     config.data.repeats = 1
     config.data.flip = False  # a mirrored digit is no digit
 
-    config.batch_size = 16
+    config.batch_size = 8
     config.group_size = 0
     config.schedule = "poly"
-    config.total_steps = 1400
+    config.total_steps = 3600
     config.warmup_steps = 50
-    config.learning_rate = 512 / 16 * 5e-3  # 5e-3 for 16 scenes
+    config.learning_rate = 512 / 8 * 3e-3  # 3e-3 for 8 scenes
     config.min_learning_rate = 0.0
     config.weight_decay = 0.05
     config.ema_decay = 0.0
     config.dtype = "float32"
 
-    config.log_every = 50
-    config.eval_every_steps = 700
-    config.checkpoint_every = 200
+    config.log_every = 100
+    config.eval_every_steps = 1800
+    config.checkpoint_every = 600
     config.lock()
     return config

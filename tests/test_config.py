@@ -104,7 +104,7 @@ def test_segmentation_s_recipes_are_the_papers(name, rate):
         course = plans.COURSES[config.schedule](config, 1263)
         assert course.steps == steps and config.decay == rule and config.weight_decay == decay
         own = schedules.polynomial(rate, config.min_learning_rate, power, steps, warmup)
-        for step in (0, warmup, steps // 2, steps - 1):
+        for step in (0, warmup // 2, warmup, steps // 2, steps - 1):
             assert course.learning_rate(step) == pytest.approx(own(step), rel=1e-12)
     with pytest.raises(UserError, match="config argument 'xyz' is unknown"):
         module.get_config("xyz")

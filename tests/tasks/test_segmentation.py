@@ -168,6 +168,7 @@ def test_examples_are_what_their_specs_say_and_groups_hold_every_one_once(built)
     )
     assert len(evaluated.groups) > 1
     for group in evaluated.groups:
+        assert not any(side % task.ROUNDED_TO for side in group.spec["label"][0])
         for index in group.indices:
             scene = evaluated.load(evaluated.source[index], None)
             assert {k: (x.shape, np.dtype(x.dtype)) for k, x in scene.items()} == {
