@@ -3,11 +3,11 @@
     python -m stvit_jax.export --weights PATH --output FILE
 
 FILE, which is not there yet, is a program of `jax.export` for CPU, NVIDIA GPU and TPU, or, where it
-ends in .onnx, an ONNX model (`pip install jax2onnx onnxruntime`). It takes uint8 crops (B, S, S,
-3), RGB, any number of them; weights and normalisation are inside, and the file says how pictures
-become crops, and what the classes are. `examples/run_exported.py` runs the first. PATH is of any
-form that `init_from` takes; of a segmenter, crops are windows of a picture, and logits are (B, S,
-S, K), of every pixel.
+ends in .onnx, an ONNX model (`pip install 'jax2onnx<0.14' onnxruntime`). It takes uint8 crops
+(B, S, S, 3), RGB, any number of them; weights and normalisation are inside, and the file says how
+pictures become crops, and what the classes are. `examples/run_exported.py` runs the first. PATH is
+of any form that `init_from` takes; of a segmenter, crops are windows of a picture, and logits are
+(B, S, S, K), of every pixel.
 """
 
 import os

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import onnxruntime
 import pytest
 from PIL import Image
 
@@ -182,6 +183,18 @@ def test_visualize_shows_the_answer_and_the_backbone(network, pictures, tmp_path
     assert plain.picture is None
     with pytest.raises(UserError, match="would be seen at 2451 x 1500 pixels, and sides are at"):
         visualize.main([*arguments, "--image-size", "1500"])
+
+
+@pytest.mark.docs
+def test_an_onnx_model_of_a_segmenter(network, tmp_path, capsys) -> None:
+    output = tmp_path / "scenes.onnx"
+    export.main(["--weights", str(network), "--output", str(output)])
+    assert float(re.search(r"within (\S+) of", capsys.readouterr().out)[1]) < 1e-5
+    session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
+    properties = session.get_modelmeta().custom_metadata_map
+    assert json.loads(properties["classes"]) == list(NAMES)
+    (logits,) = session.run(None, {"images": np.zeros((2, SIDE, SIDE, 3), np.uint8)})
+    assert logits.shape == (2, SIDE, SIDE, len(NAMES))
 
 
 def test_a_program_of_a_segmenter_runs_without_this_package(

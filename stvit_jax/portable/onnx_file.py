@@ -15,7 +15,8 @@ import numpy as np
 
 from stvit_jax.errors import UserError, one_line
 
-_INSTALL = "pip install jax2onnx onnxruntime"
+# Later ones would replace Orbax by one that is too old.
+_INSTALL = "pip install 'jax2onnx<0.14' onnxruntime"
 _INLINED = {"custom_jvp_call": "call_jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr"}
 
 
