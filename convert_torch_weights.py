@@ -2,6 +2,7 @@
 
     python convert_torch_weights.py INPUT --output OUTPUT [--model NAME] [--ema] [--verify]
     python convert_torch_weights.py INPUT --output OUTPUT --pretrained [--image_size N]
+        [--license NAME]
 
 INPUT and OUTPUT may lie in a bucket (gs://BUCKET/PATH).
 
@@ -15,7 +16,8 @@ and others, and is recognised by them.
 OUTPUT ends in .pth, .pt, .bin or .ckpt (the published code loads `model` of it with strict=True) or
 in .safetensors, or else is an Orbax directory. Names of the classes and the size of the pictures
 are passed on. With --pretrained OUTPUT is a folder to share, which PyTorch and JAX both load:
-model.safetensors, and config.json with names, settings and preprocessing.
+model.safetensors, and config.json with names, settings, preprocessing and the licence that you
+state.
 
 A pickle runs nothing: it is read without torch.load, and refused where it holds more than weights
 and plain data.
@@ -60,6 +62,7 @@ def convert(
     verify: bool,
     share: bool = False,
     image_size: int | None = None,
+    license: str | None = None,
     **overrides: Any,
 ) -> None:
     """Reads, identifies, writes and reports.
@@ -72,6 +75,7 @@ def convert(
       verify: compare with PyTorch afterwards.
       share: write a folder to be shared.
       image_size: side of the pictures in pixels, in the place of what `source` says.
+      license: of the weights, as `apache-2.0`, in a folder to be shared.
       **overrides: of `model`.
 
     Raises:
@@ -92,7 +96,10 @@ def convert(
         say(f"  ignored  {entry}: {reason}")
     if (more := len(found.ignored) - _MOST_ENTRIES) > 0:
         say(f"  ignored  {more} entries more")
-    (pretrained.write if share else weights.write)(output, found)
+    if share:
+        pretrained.write(output, found, license)
+    else:
+        weights.write(output, found)
     say(f"output     {output}\n  sha256   {sha256(files.located(output))}")
     if verify:
         say(f"verify     {compare(found, weights.read(output))}")
@@ -185,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="run both networks on random images")
     parser.add_argument("--pretrained", action="store_true", dest="share", help="write a folder")
     parser.add_argument("--image_size", type=int, metavar="N", help="of pictures, in pixels")
+    parser.add_argument("--license", metavar="NAME", help="of the weights, as apache-2.0")
     for field in SETTINGS:
         parser.add_argument(f"--{field}", type=_setting, help="overrides the one of --model")
     parser.add_argument("--head", choices=list(KINDS), help="of a segmenter; shapes tell it, too")
@@ -194,6 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = {field: value for field, value in overrides.items() if value is not None}
     if overrides and not args["model"]:
         parser.error("overrides need --model")
+    if args["license"] and not args["share"]:
+        parser.error("--license is written with --pretrained only")
     convert(args.pop("input"), **args, **overrides)
     return 0
 

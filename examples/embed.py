@@ -6,9 +6,7 @@ PATH is weights of any form that train.py's init_from takes. The first images of
 up among all of it, by the angle between their pooled features.
 """
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +14,39 @@ import numpy as np
 from PIL import Image
 
 import stvit_jax
+from stvit_jax import command_line, figures
 from stvit_jax.checkpoints.trained import Trained, load_trained
+from stvit_jax.console import say, warn
+from stvit_jax.data import pictures
+from stvit_jax.data.decode import UnreadableImage
+from stvit_jax.data.sources.scan import LeftOut
+from stvit_jax.errors import UserError
 
 QUERIES, NEIGHBOURS = 8, 7
 TILE, GAP = 96, 4
 BATCH = 32
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def read(folder: str, image_size: int) -> np.ndarray:
+    """Crops, uint8 (N, S, S, 3), of the pictures below a folder; what is none is said.
+
+    Raises:
+      UserError: fewer than two can be read.
+    """
+    left_out = LeftOut()
+    paths = pictures.find([folder], left_out)
+    batches = pictures.crops(paths, image_size, BATCH)
+    found = []
+    for path, crop in zip(paths, (crop for batch in batches for crop in batch), strict=True):
+        if isinstance(crop, UnreadableImage):
+            warn(f"{path} cannot be read: {crop}")
+        else:
+            found.append(crop)
+    if left_out:
+        say(f"left out: {left_out}")
+    if len(found) < 2:
+        raise UserError(f"{folder} holds {len(found)} pictures that can be read: neighbours need 2")
+    return np.stack(found)
 
 
 def embed(trained: Trained, crops: np.ndarray) -> np.ndarray:
@@ -39,7 +64,7 @@ def embed(trained: Trained, crops: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)[: len(crops)]
 
 
-def sheet(crops: np.ndarray, features: np.ndarray) -> Image.Image:
+def sheet(crops: np.ndarray, features: np.ndarray) -> np.ndarray:
     """A row for each of the first images: itself, and its nearest neighbours."""
     nearest = np.argsort(-(features[:QUERIES] @ features.T), axis=1)[:, : NEIGHBOURS + 1]
     step = TILE + GAP
@@ -48,22 +73,24 @@ def sheet(crops: np.ndarray, features: np.ndarray) -> Image.Image:
         for column, i in enumerate(found):
             tile = Image.fromarray(crops[i]).resize((TILE, TILE))
             picture.paste(tile, (column * step, row * step))
-    return picture
+    return np.asarray(picture)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--output", required=True)
+    parser = command_line.parser("python -m examples.embed", __doc__)
+    parser.add_argument("folder", metavar="FOLDER")
+    parser.add_argument("--weights", metavar="PATH", required=True)
+    parser.add_argument("--output", metavar="PNG", required=True)
     known = parser.parse_args(argv)
+    output = figures.output("--output", known.output, forms=(".png",))
     trained = load_trained(known.weights)
-    files = sorted(p for p in known.folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    crops = np.stack([stvit_jax.data.eval_image(p.read_bytes(), trained.image_size) for p in files])
-    sheet(crops, embed(trained, crops)).save(known.output)
-    print(f"{known.output}: neighbours among {len(files)} images")
+    if trained.is_segmenter:
+        raise UserError(f"{known.weights} is of a segmenter: embed takes a classifier")
+    crops = read(known.folder, trained.image_size)
+    output.write_bytes(figures.png(sheet(crops, embed(trained, crops))))
+    say(f"{output}: neighbours among {len(crops)} images")
 
 
 if __name__ == "__main__":
-    main()
+    command_line.entry(main)

@@ -115,7 +115,7 @@ class Evaluator:
         """
         for evaluation in self._evaluations:
             joined = self._joined.get(evaluation.name)
-            if evaluation.report is None or joined is None or places.in_bucket(folder):
+            if evaluation.report is None or joined is None:
                 continue
             try:
                 evaluation.report(joined[best(evaluation, metrics)[1]], folder)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from stvit_jax import places
-from stvit_jax.errors import UserError, reason
+from stvit_jax.errors import UserError, one_line, reason
 
 FORMS = (".png", ".pdf", ".svg")
 LEAST = 256  # pixels of the longer side of a picture beside a legend
@@ -26,6 +26,11 @@ def figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure  # takes a second
 
     return Figure((width, height), layout="constrained")
+
+
+def words(text: str, longest: int) -> str:
+    """A name as a figure shows it: one line of at most so many characters, no formula."""
+    return one_line(text, longest).replace("$", r"\$")
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
@@ -79,7 +84,7 @@ def png(picture: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def output(flag: str, text: str) -> Path:
+def output(flag: str, text: str, forms: Sequence[str] = FORMS) -> Path:
     """Where a figure can be written, seen before any work is done.
 
     Raises:
@@ -88,20 +93,23 @@ def output(flag: str, text: str) -> Path:
     if places.is_address(text):
         raise UserError(f"{flag} {text}: give a path on this machine, and copy from it")
     path = places.place(flag, text)
-    if path.suffix.lower() not in FORMS:
-        raise UserError(f"{flag} {path.name!r} must end in one of {', '.join(FORMS)}")
+    if path.suffix.lower() not in forms:
+        raise UserError(f"{flag} {path.name!r} must end in one of {', '.join(forms)}")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent} does not exist: create it, or correct {flag}")
     return path
 
 
 def save(drawn: Any, path: Path) -> None:
-    """Writes a figure in the form that the path names.
+    """Writes a figure in the form that the path names; it may be in a bucket.
 
     Raises:
       UserError: it cannot be written.
     """
+    file = io.BytesIO()
+    drawn.savefig(file, dpi=150, format=path.suffix[1:].lower())
     try:
-        drawn.savefig(path, dpi=150)
+        with places.os_errors(path):
+            path.write_bytes(file.getvalue())
     except OSError as error:
         raise UserError(f"{path} cannot be written: {reason(error)}") from error

@@ -70,7 +70,8 @@ def draw(runs: dict[str, dict[str, tuple[list[float], list[float]]]]) -> Any:
         axes.grid(alpha=0.3)
         for i, (name, run) in enumerate(runs.items()):
             for key in filter(run.__contains__, keys):
-                label = f"{name}, moving average" if key.startswith(AVERAGED) else name
+                called = figures.words(name, 60)
+                label = f"{called}, moving average" if key.startswith(AVERAGED) else called
                 few = "." if len(run[key][0]) < 40 else ""
                 axes.plot(*run[key], keys[key], marker=few, color=f"C{i}", label=label, lw=1.4)
         if len(runs) > 1 or len(keys) > 1:

@@ -27,7 +27,7 @@ from stvit_jax.console import say
 from stvit_jax.data import decode, pictures
 from stvit_jax.data.class_lists import of_network
 from stvit_jax.data.normalization import normalize
-from stvit_jax.errors import UserError, one_line, reason
+from stvit_jax.errors import UserError, reason
 from stvit_jax.models.settings import backbone
 from stvit_jax.ops import association as maps
 
@@ -165,7 +165,7 @@ def answer(trained: Trained, image: np.ndarray) -> list[Panel]:
     label = np.asarray(labels(trained.variables, image))
     shares = np.bincount(label.ravel(), minlength=count) / label.size
     largest = [k for k in np.argsort(-shares, kind="stable")[:NAMED] if shares[k]]
-    named = tuple((f"{one_line(names[k], 24)} {shares[k]:.1%}", palette[k]) for k in largest)
+    named = tuple((f"{figures.words(names[k], 24)} {shares[k]:.1%}", palette[k]) for k in largest)
     over = figures.overlay(image, label, palette)
     return [Panel("image"), Panel("classes", picture=over), Panel("", legend=named)]
 

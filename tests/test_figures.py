@@ -65,6 +65,24 @@ def test_visualize_draws_every_block_over_the_image(folder: Path, network: Path)
     assert (pixels(output) != first).any(axis=-1).mean() > 0.01
 
 
+def test_visualize_takes_the_pixel_as_x_and_y(
+    folder: Path, network: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    chosen = []
+
+    def panels(stages, image, at):
+        chosen.append((image.shape[:2], at))
+        return drawn(stages, image, at)
+
+    drawn = visualize.panels
+    monkeypatch.setattr(visualize, "panels", panels)
+    arguments = "--weights", str(network), str(folder / "flower.jpg"), "--image-size", "50x83"
+    output = tmp_path / "x.png"
+    visualize.main([*arguments, "--at", "80,3", "--output", str(output)])
+    assert chosen == [((50, 83), (3, 80))]
+    assert capsys.readouterr().out.endswith("at 83 x 50 pixels, pixel 80,3\n")
+
+
 @pytest.mark.parametrize("size", [(64,), (50, 83)], ids=str)
 def test_panels_are_what_the_network_computed(folder: Path, network: Path, size) -> None:
     """On grids that are no squares and that cells do not divide, at a corner."""
@@ -131,6 +149,24 @@ def test_plot_draws_runs(straight: Path, tmp_path: Path) -> None:
     titles = [panel.get_title() for panel in axes]
     assert titles == ["loss of the batches", "learning rate", "top-1 accuracy"]
     assert len(axes[2].lines) == 4  # raw and averaged, of both
+
+
+def test_plot_draws_segmentation_and_names_with_dollars(tmp_path: Path) -> None:
+    workdir = tmp_path / "$x$_{"  # no formula
+    workdir.mkdir()
+    lines = (
+        {"step": s, "epoch": s / 2, "train/loss": 1 / s, "eval/miou": s / 9, "eval_ema/miou": s / 8}
+        for s in (1, 2, 3)
+    )
+    (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    plot.main([str(workdir), "--output", str(tmp_path / "x.svg")])
+    figure = plot.draw({workdir.name: plot.curves(workdir)})
+    loss, miou = figure.axes
+    assert (loss.get_title(), miou.get_title()) == ("loss of the batches", "mean IoU")
+    assert [list(line.get_ydata()) for line in miou.lines] == [
+        [s / 9 for s in (1, 2, 3)],
+        [s / 8 for s in (1, 2, 3)],
+    ]
 
 
 def test_plot_names_mistakes(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def draw(classes: tuple[str, ...], counts: np.ndarray) -> Any:
     figure.colorbar(drawn, ax=axes, label="share of the label's images")
     axes.set(xlabel="answer", ylabel="label", title=f"{int(counts.sum())} images")
     if k <= MOST_DRAWN:
-        short = [one_line(name, 24) for name in classes]
+        short = [figures.words(name, 24) for name in classes]
         axes.set_xticks(range(k), short, rotation=90, fontsize=7)
         axes.set_yticks(range(k), short, fontsize=7)
     if k <= 20:

@@ -140,7 +140,7 @@ def draw(known: list[tuple[float, str]]) -> Any:
     figure = figures.figure(6, 1 + 0.16 * len(known))
     axes = figure.add_subplot()
     axes.barh(range(len(known)), [iou for iou, _ in known], color="#4c72b0")
-    axes.set_yticks(range(len(known)), [one_line(name, 24) for _, name in known], fontsize=7)
+    axes.set_yticks(range(len(known)), [figures.words(name, 24) for _, name in known], fontsize=7)
     mean = float(np.mean([iou for iou, _ in known]))
     axes.axvline(mean, color="#d62728", linewidth=1)
     axes.set(xlim=(0, 1), ylim=(-0.6, len(known) - 0.4), xlabel="IoU", title=f"mIoU {mean:.4f}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from PIL import Image
 
 import stvit_jax
 from stvit_jax.checkpoints import hub
@@ -124,3 +125,24 @@ def test_the_command_of_conversion_takes_an_address(home, tmp_path):
     assert done.returncode == 0, done.stderr
     model, variables = stvit_jax.from_pretrained(path)
     assert model.depths == (1, 1, 1, 1) and jax.tree.leaves(variables)
+
+
+def test_a_network_of_a_hub_is_made_and_predicts(home, tmp_path):
+    """In a program of its own: huggingface_hub reads its variables when it is imported."""
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    code = """
+import sys
+import stvit_jax
+from stvit_jax import predict
+model, variables = stvit_jax.from_pretrained("hf_hub:owner/net@v1", num_classes=0)
+print(model.depths, sorted(variables), "head" in variables["params"])
+predict.main(["--weights", "hf_hub:owner/net@v1", "--image-size", "32", sys.argv[1]])
+"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "a.png"],
+        cwd=ROOT, env=env | OFFLINE | {"HF_HOME": str(home)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "(1, 1, 1, 1) ['batch_stats', 'params'] False" in done.stdout
+    assert "%  old " in done.stdout

@@ -139,8 +139,11 @@ def test_one_command_from_a_pth_to_a_shared_folder(network, shared, tmp_path, ca
     weights.write(tmp_path / "w.pth", weights.read(shared))
     shutil.rmtree(shared)
     args = [str(tmp_path / "w.pth"), "--output", str(shared), "--pretrained", "--image_size", "64"]
-    assert convert_torch_weights.main([*args, "--verify"]) == 0
+    assert convert_torch_weights.main([*args, "--license", "mit", "--verify"]) == 0
     assert "largest difference" in capsys.readouterr().out
+    assert json.loads((shared / "config.json").read_text())["pretrained_cfg"]["license"] == "mit"
+    with pytest.raises(UserError, match="--license is written with --pretrained only"):
+        convert_torch_weights.main([*args[:2], str(tmp_path / "x.pth"), "--license", "mit"])
     found = load_trained(shared)
     assert (found.classes, found.image_size) == (tuple(CLASSES), 64)
     assert_bits_equal(jax.tree.map(np.asarray, found.variables), network[1])

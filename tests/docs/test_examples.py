@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from examples import embed
+from stvit_jax.errors import UserError
 from tests.program import ROOT
 
 pytestmark = pytest.mark.docs
@@ -36,8 +38,11 @@ def test_embed_draws_neighbours(straight: Path, tmp_path: Path) -> None:
         Image.fromarray((image / 16 * 255).astype(np.uint8)).save(folder / f"{i:02}.png")
     shutil.copy(folder / "00.png", folder / "copy.png")
     output = tmp_path / "neighbours.png"
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("of these pictures")
     said = run("-m", "examples.embed", "--weights", straight, folder, "--output", output)
-    assert said == f"{output}: neighbours among 41 images\n"
+    assert said.splitlines()[-1] == f"{output}: neighbours among 41 images"
+    assert "notes.txt" in said or "left out: 1" in said
     with Image.open(output) as picture:
         pixels = np.asarray(picture)
     tiles = [pixels[:96, column * 100 : column * 100 + 96] for column in range(8)]
@@ -45,7 +50,22 @@ def test_embed_draws_neighbours(straight: Path, tmp_path: Path) -> None:
     assert all((tiles[0] != tile).any() for tile in tiles[2:])
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--weights", "WORKDIR", "nowhere"), "there is no file or folder nowhere"),
+        (("--weights", "nowhere", "FOLDER"), "nowhere"),
+        (("--weights", "WORKDIR", "FOLDER"), "holds 1 pictures that can be read: neighbours"),
+    ],
+)
+def test_mistakes_of_embed_are_one_line(straight: Path, tmp_path: Path, arguments, words) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
+    given = {"WORKDIR": str(straight), "FOLDER": str(tmp_path)}
+    flags = [given.get(text, text) for text in arguments] + ["--output", str(tmp_path / "x.png")]
+    with pytest.raises(UserError, match=words):
+        embed.main(flags)
+
+
 def test_dense_learns(tmp_path: Path) -> None:
     said = run("-m", "examples.dense", "--output", tmp_path / "dense.png", "--steps", 300)
     assert float(said.split(";")[-1].split("%")[0]) > 93

@@ -101,7 +101,11 @@ def test_a_run_that_was_stopped_is_bit_equal_to_one_on_a_disk(
         "classes.json",
         "evaluations.json",
         "metrics.jsonl",
+        "per_class.json",
+        "confusion.png",
     } | {"checkpoints"}
+    drawn = emulator.path(f"{workdir}/confusion.png").read_bytes()
+    assert drawn == (straight / "confusion.png").read_bytes()
     assert not any(word in text for text in said for word in ("Traceback", "WARNING", "gcsfs"))
 
 

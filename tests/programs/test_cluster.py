@@ -221,6 +221,20 @@ def test_two_processes_start_from_weights_that_both_see(start, alone, tmp_path) 
     assert "is a file, or nothing here, and of a run in process 0: share it" in told and not silent
 
 
+@pytest.mark.docs
+def test_two_processes_are_taught_as_one(flags, start, alone, compiled, tmp_path) -> None:
+    taught = f"--config.teacher.init_from={alone}", "--config.teacher.kind=hard"
+    more = (*taught, "--config.steps=3", "--config.seed=7")
+    program = Program(tmp_path / "one", *flags, *more, devices=4, **compiled)
+    assert program.wait() == 0, program.output
+    run = start(2, tmp_path / "two", *more)
+    assert run.wait() == [0, 0], run.output
+    assert run.output.count(f"learning from {alone}") == 1
+    for key in ("train/distillation_loss", "train/loss"):
+        one, two = (values(tmp_path / name, key) for name in ("one", "two"))
+        assert list(two) == [1, 2, 3] and two == pytest.approx(one, rel=1e-5)
+
+
 SLOTS = """
 import sys
 import jax, numpy as np

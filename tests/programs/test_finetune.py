@@ -96,7 +96,6 @@ def test_a_folder_is_learned(finetune, folder: Path, straight: Path, tmp_path: P
     assert digests(again, 6) == digests(workdir, 6)
 
 
-@pytest.mark.slow  # tests of the optimiser have it by name, and the documentation's run works
 @pytest.mark.parametrize(
     "flag, learned",
     [

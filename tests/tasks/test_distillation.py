@@ -91,7 +91,7 @@ def test_a_student_goes_on_bit_by_bit_and_notices_another_teacher(start, flags, 
     assert digests(stopped, STEPS) == digests(whole, STEPS)
 
 
-@pytest.mark.slow
+@pytest.mark.docs
 def test_parts_and_devices_learn_the_same(start, flags, tmp_path):
     """In float64: two networks that know little are alike, and their divergence is nearly 0."""
     steps = "--config.steps=3", "--config.group_size=8", "--config.ema_decay=0"

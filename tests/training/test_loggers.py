@@ -1,5 +1,7 @@
 """What follows a run: services shaped like wandb, which never end it, and TensorBoard's start."""
 
+import json
+import os
 import re
 import sys
 import textwrap
@@ -9,22 +11,22 @@ from pathlib import Path
 import pytest
 
 from stvit_jax.training import loggers
-from tests.program import metrics
+from tests.program import WITHOUT_TENSORFLOW, metrics, values
 
-# A service as wandb and trackio are, on a disk; each fault is one that such a service has.
+# A service as trackio is, on a disk; each fault is one that such a service has.
 SERVICE = """
     import json, pathlib, time
     FAULT = {fault!r}
     lines = []
-    def init(project, name=None, config=None, resume=None, dir=None):
+    def init(project, name=None, config=None, resume=None):
         if FAULT == "init": raise ConnectionError("no network")
-        lines.append([project, name, config["batch_size"], resume, dir])
+        lines.append([project, name, config["batch_size"], resume])
     def log(metrics, step=None):
         if FAULT == "log": raise RuntimeError("quota")
         if FAULT == "hang": time.sleep(600)
         lines.append([step, metrics])
     def finish():
-        pathlib.Path(lines[0][4], "service.json").write_text(json.dumps(lines))
+        pathlib.Path(__file__).with_name("service.json").write_text(json.dumps(lines))
 """
 
 
@@ -49,10 +51,11 @@ def test_everything_arrives(monkeypatch, tmp_path: Path) -> None:
     logger.finish()
     # Known by its name alone, as trackio knows runs: another folder of this name is another run.
     name = f"run-{zlib.crc32(str(tmp_path / 'run').encode()):08x}"
-    assert (tmp_path / "run" / "service.json").read_text() == (
-        f'[["p", "{name}", 64, "allow", "{tmp_path}/run"], [1, {{"train/loss": 2.0}}], '
-        '[2, {"eval/top1": 0.5}]]'
-    )
+    assert json.loads((tmp_path / "service" / "service.json").read_text()) == [
+        ["p", name, 64, "allow"],
+        [1, {"train/loss": 2.0}],
+        [2, {"eval/top1": 0.5}],
+    ]
 
 
 @pytest.mark.parametrize("fault", ["init", "log", "hang", "missing"])
@@ -76,6 +79,35 @@ def test_a_fault_is_said_once(fault: str, monkeypatch, tmp_path: Path, capsys) -
     assert said[0].endswith(words[fault])
 
 
+@pytest.mark.docs
+def test_a_run_is_followed_by_wandb(start, tmp_path: Path) -> None:
+    """The package itself, which keeps what it would send; a run that goes on is the same there."""
+    workdir = tmp_path / "run"
+    for steps in (2, 3):
+        flags = f"--config.steps={steps}", "--config.logger=wandb"
+        program = start(workdir, *flags, WANDB_MODE="offline")
+        assert program.wait() == 0, program.output
+        assert "no more metrics" not in program.output and "did not end" not in program.output
+    kept = sorted(workdir.glob("wandb/offline-run-*/*.wandb"))
+    own = f"run-{zlib.crc32(str(workdir).encode()):08x}"
+    assert [file.name for file in kept] == [f"run-{own}.wandb"] * 2
+    content = b"".join(file.read_bytes() for file in kept)
+    for loss in values(workdir, "train/loss").values():
+        assert f"{loss}".encode() in content
+
+
+@pytest.mark.docs
+def test_a_service_that_fails_ends_no_run(start, tmp_path: Path) -> None:
+    folder = service(tmp_path / "service", "log")
+    flags = "--config.steps=3", "--config.logger=trackio"
+    where = f"{folder}{os.pathsep}{WITHOUT_TENSORFLOW['PYTHONPATH']}"
+    program = start(tmp_path / "run", *flags, tensorflow=True, PYTHONPATH=where)
+    assert program.wait() == 0, program.output
+    said = "no more metrics to trackio (RuntimeError: quota); metrics.jsonl goes on"
+    assert program.output.count(said) == 1, program.output
+    assert list(values(tmp_path / "run", "train/loss")) == [1, 2, 3]
+
+
 def test_a_run_is_followed_and_shown(start, tmp_path: Path) -> None:
     """The real program, with TensorBoard, which shows its fields and first inputs."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -90,7 +122,7 @@ def test_a_run_is_followed_and_shown(start, tmp_path: Path) -> None:
         PYTHONPATH=str(folder),
     )
     assert program.wait() == 0, program.output
-    text = (tmp_path / "run" / "service.json").read_text()
+    text = (folder / "service.json").read_text()
     assert re.search(r'"stvit_jax", "run-[0-9a-f]{8}", 64, "allow"', text)
     for line in metrics(tmp_path / "run"):
         for key in line.keys() - {"step", "epoch"}:
