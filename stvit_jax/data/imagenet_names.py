@@ -3,8 +3,8 @@
 `imagenet_names.txt` has a line a class, in the order of the labels: the WordNet synset, a tab, its
 lemmas. They are those of WordNet 3.0, as the package timm 1.0.31 (Apache-2.0) lists them in
 `timm/data/_info`. WordNet's notice, which every copy carries, lies beside them in
-`imagenet_names.LICENSE` (https://wordnet.princeton.edu/license-and-commercial-use). Three names were
-changed to tell classes apart: the two cranes, and the maillot that is no swimsuit.
+`imagenet_names.LICENSE` (https://wordnet.princeton.edu/license-and-commercial-use). Three names
+were changed to tell classes apart: the two cranes, and the maillot that is no swimsuit.
 """
 
 import functools
