@@ -32,7 +32,7 @@ def in_bucket(start, emulator) -> Callable[..., Program]:
     return lambda *args, **options: start(*args, **(emulator.environment | options))
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def unanswered(in_bucket) -> Iterator[list[tuple[Program, str]]]:
     """Programs that wait for an answer while the other tests run, and what they will say."""
     with socket.socket() as nobody, socket.socket() as silent:
@@ -109,6 +109,8 @@ def test_a_run_that_was_stopped_is_bit_equal_to_one_on_a_disk(
     assert not any(word in text for text in said for word in ("Traceback", "WARNING", "gcsfs"))
 
 
+@pytest.mark.docs
+@pytest.mark.usefixtures("unanswered")  # these begin to wait
 def test_what_is_in_a_bucket_is_evaluated_and_started_from(
     in_bucket, stopped_and_continued, straight, emulator, tmp_path
 ) -> None:
@@ -157,6 +159,7 @@ def convert(emulator: Emulator, *pairs: tuple[str, str]) -> None:
         assert f"input      {source}" in done.stdout and f"output     {output}\n" in done.stdout
 
 
+@pytest.mark.docs
 def test_damaged_and_unfinished_checkpoints_are_named_and_the_one_before_used(
     in_bucket, straight, emulator
 ) -> None:
@@ -187,6 +190,7 @@ def test_damaged_and_unfinished_checkpoints_are_named_and_the_one_before_used(
     assert_equal_runs(emulator.path(workdir), straight)
 
 
+@pytest.mark.docs
 def test_a_storage_that_hangs_is_named_and_the_run_ends(in_bucket, emulator) -> None:
     """R14: it takes what is saved, and never answers."""
     flags = ("--config.stall_after=6", "--config.checkpoint_every=5")
@@ -237,6 +241,7 @@ def test_a_bucket_that_is_not_there_is_one_line_at_once(in_bucket, field, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.docs
 def test_a_storage_that_does_not_answer_is_one_line_within_a_minute(unanswered) -> None:
     """Nobody listens; and somebody who takes requests and never answers."""
     for (program, words), limit in zip(unanswered, (50, 75), strict=True):
@@ -245,6 +250,7 @@ def test_a_storage_that_does_not_answer_is_one_line_within_a_minute(unanswered) 
         assert "is there a network" in error and "compiled" not in program.output
 
 
+@pytest.mark.docs
 def test_without_gcsfs_the_package_is_named(in_bucket, tmp_path) -> None:
     (tmp_path / "gcsfs.py").write_text("raise ImportError('No module named gcsfs')\n")
     shutil.copytree(on_disk.WITHOUT_TENSORFLOW["PYTHONPATH"], tmp_path, dirs_exist_ok=True)

@@ -46,7 +46,7 @@ def start(flags, compiled) -> Callable[..., Processes]:
     return start
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def astray(flags, tmp_path_factory) -> dict[str, tuple[float, list[Program]]]:
     """Processes that do not find each other, while other tests run; and when they began."""
     workdir = tmp_path_factory.mktemp("astray") / "run"
@@ -104,6 +104,7 @@ def test_two_processes_are_one_run(start, alone, tmp_path) -> None:
     assert first[-1].startswith(f"done: step {STEPS} of {STEPS}")
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_stop_of_one_stops_all_and_other_numbers_of_processes_continue(
     start, alone, tmp_path, count
@@ -135,6 +136,8 @@ def errors(run: Processes) -> list[list[str]]:
     ]
 
 
+@pytest.mark.docs
+@pytest.mark.usefixtures("astray")  # these begin to wait
 def test_a_fault_of_the_data_of_one_process_costs_no_step(
     start, alone, digits_dir, tmp_path
 ) -> None:
@@ -157,6 +160,7 @@ def test_a_fault_of_the_data_of_one_process_costs_no_step(
         assert found[step] == pytest.approx(expected[step], rel=1e-5)
 
 
+@pytest.mark.docs
 def test_a_save_that_fails_in_one_process_fails_in_all_and_ends_nothing(
     start, alone, tmp_path
 ) -> None:
@@ -173,6 +177,7 @@ def test_a_save_that_fails_in_one_process_fails_in_all_and_ends_nothing(
     assert_same_losses(workdir, alone)
 
 
+@pytest.mark.docs
 def test_a_workdir_that_is_not_shared_is_named(start, tmp_path) -> None:
     own = {1: [f"--workdir={tmp_path / 'other'}"]}
     run = start(2, tmp_path / "run", own=own)
@@ -182,6 +187,7 @@ def test_a_workdir_that_is_not_shared_is_named(start, tmp_path) -> None:
     assert "compiled" not in run.output
 
 
+@pytest.mark.docs
 def test_other_data_on_one_host_are_refused(start, digits_dir, tmp_path) -> None:
     own = {1: ["--config.data.source=fake", "--config.data.dir="]}
     run = start(2, tmp_path / "run", own=own)
@@ -190,6 +196,7 @@ def test_other_data_on_one_host_are_refused(start, digits_dir, tmp_path) -> None
     assert "process 1: the data here are others than those of process 0" in told and not silent
 
 
+@pytest.mark.docs
 def test_what_only_one_process_gets_wrong_ends_all(start, tmp_path) -> None:
     own = {1: ["--config.data.dir=/nowhere", "--config.data.source=folder"]}
     run = start(2, tmp_path / "run", own=own)
@@ -199,6 +206,7 @@ def test_what_only_one_process_gets_wrong_ends_all(start, tmp_path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.docs
 def test_evaluation_alone_by_two_processes(start, alone, tmp_path) -> None:
     flags = ("--config.eval_only=True", f"--config.init_from={alone}")
     run = start(2, tmp_path / "run", *flags)
@@ -208,6 +216,7 @@ def test_evaluation_alone_by_two_processes(start, alone, tmp_path) -> None:
         assert line[key] == metrics(alone)[-1][key]
 
 
+@pytest.mark.docs
 def test_two_processes_start_from_weights_that_both_see(start, alone, tmp_path) -> None:
     run = start(2, tmp_path / "run", "--config.steps=2", f"--config.init_from={alone}")
     assert run.wait() == [0, 0], run.output

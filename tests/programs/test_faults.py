@@ -112,6 +112,7 @@ def one_error(program: Program) -> str:
     return line
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize(
     "name",
     [
@@ -147,6 +148,7 @@ def command_of(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
 
 
+@pytest.mark.docs
 def test_a_run_under_nohup_outlives_its_terminal(start, folders, tmp_path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited
     try:
@@ -159,6 +161,7 @@ def test_a_run_under_nohup_outlives_its_terminal(start, folders, tmp_path) -> No
     assert "done: step 100 of 100" in program.output
 
 
+@pytest.mark.docs
 def test_nobody_reads_the_console_any_more(flags, compiled, folders, tmp_path) -> None:
     """As `train.py | head -1` and `train.py > /dev/full`."""
     for where in ("| head -1", "> /dev/full"):
@@ -185,6 +188,7 @@ def test_a_log_without_room_ends_nothing(start, folders, tmp_path) -> None:
     assert (tmp_path / "checkpoints" / "4").is_dir()
 
 
+@pytest.mark.docs
 def test_a_console_that_lacks_a_letter_ends_nothing(start, tmp_path) -> None:
     folders = write_folders(tmp_path / "data", ("pâté", "寿司", "cake"))
     (folders / "val" / "寿司" / "00.png").write_bytes(b"no image")
@@ -210,6 +214,7 @@ def test_the_result_of_a_workdir_that_may_only_be_read_is_said(
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.docs
 def test_labels_keep_their_meaning(start, folders, trained, tmp_path) -> None:
     """Other names are refused; the same ones in another order are put right."""
     same = evaluate(start, tmp_path / "same", folders, f"--config.init_from={trained}")
@@ -243,6 +248,7 @@ def test_labels_keep_their_meaning(start, folders, trained, tmp_path) -> None:
     assert metrics(workdir)[-1]["eval/top1"] == accuracy
 
 
+@pytest.mark.docs
 def test_a_head_of_the_same_classes_in_another_order_is_put_right(
     start, folders, trained, tmp_path
 ) -> None:
@@ -256,6 +262,7 @@ def test_a_head_of_the_same_classes_in_another_order_is_put_right(
     assert metrics(workdir)[-1]["eval/top1"] < 0.5
 
 
+@pytest.mark.docs
 def test_a_run_without_its_recipe_is_not_continued(start, folders, trained, tmp_path) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)

@@ -62,6 +62,7 @@ def test_the_same_command_on_a_finished_run_does_nothing(start, straight):
     assert (digests(straight, STEPS), (straight / "metrics.jsonl").read_text()) == before
 
 
+@pytest.mark.docs
 def test_converted_to_pth_and_back_it_evaluates_to_the_same_counts(start, straight, tmp_path):
     pytest.importorskip("torch")
     pth, back = tmp_path / "weights.pth", tmp_path / "back"
@@ -98,6 +99,7 @@ def test_starts_from_weights_raw_or_averaged(start, straight, tmp_path):
     assert measure.read_text().count("stablehlo.rsqrt") == 2
 
 
+@pytest.mark.docs
 def test_a_run_of_a_version_that_kept_no_state_of_evaluations_goes_on(start, straight, tmp_path):
     program = start(tmp_path, "--config.steps=25")
     assert program.wait() == 0, program.output
@@ -109,6 +111,7 @@ def test_a_run_of_a_version_that_kept_no_state_of_evaluations_goes_on(start, str
     assert list(values(tmp_path, "eval/top1")) == [22, 25, 30]
 
 
+@pytest.mark.docs
 def test_a_run_with_another_seed_compiles_nothing_anew(start, tmp_path):
     """But for what makes its key, which takes no time. Kept in the user's cache folder."""
     caches = {

@@ -1,7 +1,7 @@
 """What docs/reliability.md promises: the fault provoked, on the real program.
 
-One test a promise by default; the full form, dozens of faults, is `slow`. R9 needs several
-processes: `test_peers.py`.
+One test a promise by default, other forms with the documentation; the full form, dozens of faults,
+is `slow`. R9 needs several processes: `test_standstill.py`.
 """
 
 import random
@@ -24,7 +24,7 @@ from tests.mini_sets import picture
 from tests.program import STEPS, WORKER, assert_equal_runs, digests, metrics, values
 from tests.records import Corrupted
 
-SLOW = pytest.mark.slow
+SLOW, DOCS = pytest.mark.slow, pytest.mark.docs
 
 
 @pytest.mark.parametrize("run", [0, *(pytest.param(i, marks=SLOW) for i in range(1, 9))])
@@ -50,7 +50,7 @@ def test_r1_stopped_at_random_steps_ends_with_the_same_bits(start, straight, tmp
     assert_equal_runs(tmp_path, straight)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=DOCS)])
 def test_r2_a_signal_before_the_first_step_ends_at_once(start, tmp_path, number):
     program = start(tmp_path, WORKER, JAX_COMPILATION_CACHE_DIR="")
     program.read_until("stvit_tiny on 1 x cpu")  # from here it creates and compiles for a while
@@ -61,6 +61,7 @@ def test_r2_a_signal_before_the_first_step_ends_at_once(start, tmp_path, number)
     assert f"{number.name}: stopped before the first step" in program.output
 
 
+@pytest.mark.docs
 def test_r2_an_interrupted_evaluation_is_repeated(start, straight, tmp_path):
     flags = ("--config.batch_size=8", "--config.steps=20")  # 45 batches to evaluate
     program = start(tmp_path, *flags)
@@ -160,6 +161,7 @@ def test_r5_a_full_disk_costs_the_saves_of_that_time(start, straight, tmp_path):
     assert digests(tmp_path, STEPS) == digests(straight, STEPS)
 
 
+@pytest.mark.docs
 def test_r5_three_failed_saves_in_a_row_end_the_run(start, tmp_path):
     program = start(tmp_path, "--config.checkpoint_every=5")
     program.read_until("compiled the training step")
@@ -200,6 +202,7 @@ def test_r6_unreadable_images_are_counted_until_there_are_too_many(start, tmp_pa
     assert int(step) > 4 and (workdir / "checkpoints" / step).is_dir()
 
 
+@pytest.mark.docs
 def test_r6_a_corrupt_record_is_named_and_costs_no_step(start, straight, digits_dir, tmp_path):
     """The steps before it are saved; with the file restored, the run ends as if it was sound."""
     shutil.copytree(digits_dir, tmp_path / "data")
@@ -233,7 +236,7 @@ def test_r7_eight_devices_give_the_losses_of_one(start, straight, tmp_path):
         assert eight[step] == pytest.approx(one[step], rel=1e-5), step
 
 
-@pytest.mark.parametrize("batch_size, devices", [(100, 1), (104, 8)])
+@pytest.mark.parametrize("batch_size, devices", [pytest.param(100, 1, marks=DOCS), (104, 8)])
 def test_r11_evaluation_alone_gives_the_same_counts_for_any_batch_size_and_device_count(
     start, straight, tmp_path, batch_size, devices
 ):
@@ -267,6 +270,7 @@ def test_r8_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(start, tmp_p
     assert newest_checkpoint(tmp_path) < 2
 
 
+@pytest.mark.docs
 def test_r8_skipped_it_goes_on_from_the_last_good_state(start, tmp_path):
     flags = (*EXPLODES, "--config.on_nonfinite=skip", "--config.steps=12")
     program = start(tmp_path / "run", *flags)
@@ -296,6 +300,7 @@ def test_r8_skipped_it_goes_on_from_the_last_good_state(start, tmp_path):
     assert digests(tmp_path / "killed", 12) == digests(tmp_path / "run", 12)
 
 
+@pytest.mark.docs
 def test_r8_after_three_skips_it_ends(start, tmp_path):
     flags = ("--config.learning_rate=1e30", "--config.warmup_learning_rate=1e30")
     program = start(tmp_path, *EXPLODES[:2], *flags, "--config.on_nonfinite=skip")

@@ -68,6 +68,7 @@ def test_r13_a_second_run_on_a_workdir_is_refused_and_the_first_goes_on(start, s
     assert_equal_runs(tmp_path, straight)
 
 
+@pytest.mark.docs
 def test_r13_the_same_job_takes_over_at_once_after_a_kill(start, tmp_path):
     program = start(tmp_path, *LONG)
     program.read_until("step 2/")
@@ -123,6 +124,7 @@ def test_r13_what_is_no_claim_is_nobodys(tmp_path):
             pass
 
 
+@pytest.mark.docs
 def test_r13_a_run_that_another_one_has_taken_over_ends(start, tmp_path):
     program = start(tmp_path, *LONG)
     program.read_until("step 2/")
@@ -132,6 +134,7 @@ def test_r13_a_run_that_another_one_has_taken_over_ends(start, tmp_path):
     assert json.loads((tmp_path / "owner.json").read_text())["host"] == "another-host"
 
 
+@pytest.mark.docs
 def test_r9_a_stuck_process_ends_the_others(digits_dir, tmp_path):
     flags = (*NARROW, f"--config.data.dir={digits_dir}", "--config.batch_size=64")
     more = ("--config.data.workers=0", "--config.log_every=1", IMPATIENT)
