@@ -34,8 +34,10 @@ def often(target: str, config: str, mode: str, dtype: str) -> bool:
     The others are the same operations in another width or dtype.
     """
     small = config == "stvit_small"
-    return (mode, dtype) == STEPS[0] or small and (
-        target == "h100" or target != "a100" and dtype == "bfloat16"
+    return (
+        (mode, dtype) == STEPS[0]
+        or small
+        and (target == "h100" or target != "a100" and dtype == "bfloat16")
     )
 
 
