@@ -5,7 +5,8 @@
 
 WEIGHTS as for any evaluation; `:384` after the config's name for models fine-tuned at 384. Prepare
 the sets once: the command says how, set after set. Fewer sets:
-`--config.robustness="('imagenet_a', 'imagenet_r')"`. stvit_jax/robustness.py says what is counted.
+`--config.robustness="('imagenet_a', 'imagenet_r')"`. What is counted is said in
+stvit_jax/tasks/robustness.py.
 
 | model | ReaL | V2 | A | R | Sketch | hardware | time |
 | --- | --- | --- | --- | --- | --- | --- | --- |

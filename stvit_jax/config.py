@@ -83,7 +83,7 @@ def base() -> ConfigDict:
     config.gradient_clip = 0.0  # largest global norm of a gradient; 0: off, as published
     config.ema_decay = 0.99996  # 0: no moving average
     config.label_smoothing = 0.1
-    config.augment = ConfigDict()  # on the device; see augment.py
+    config.augment = ConfigDict()  # on the device; see augment/
     config.augment.randaugment = True
     config.augment.erasing_probability = 0.25
     config.augment.mixup = True  # and CutMix
@@ -123,7 +123,7 @@ def base() -> ConfigDict:
     config.teacher.alpha = 0.5  # the teacher's share of the loss
     config.teacher.temperature = 1.0  # of both distributions, where soft
     config.seed = 0
-    config.robustness = ()  # data sets to evaluate how far a model carries, see robustness.py
+    config.robustness = ()  # data sets to evaluate how far a model carries, see tasks/robustness.py
     config.eval_only = False  # evaluate what the workdir, or init_from, holds
 
     config.log_every = 50  # steps

@@ -24,7 +24,12 @@ def prepare(
 
 
 def prepare_own(
-    name: str, data_dir: Path, splits: dict[str, list[int]], shards: int = 1, classes: int = 3
+    name: str,
+    data_dir: Path,
+    splits: dict[str, list[int]],
+    shards: int = 1,
+    classes: int = 3,
+    file_format: str = "array_record",
 ) -> Path:
     """Prepares a set that tfds does not know, of small pictures with these labels.
 
@@ -52,7 +57,7 @@ def prepare_own(
         for split, labels in splits.items()
     }
     config = tfds.download.DownloadConfig(num_shards=shards)
-    builder.download_and_prepare(file_format="array_record", download_config=config)
+    builder.download_and_prepare(file_format=file_format, download_config=config)
     return Path(builder.data_path)
 
 

@@ -62,11 +62,35 @@ def test_shows_every_image_of_the_batch_before_and_after(run, digits_dir: Path) 
             np.testing.assert_allclose(shown, expected, atol=after)
 
 
-def test_scenes_are_shown_under_their_classes(run, tmp_path: Path) -> None:
+def test_the_published_recipe_shows_an_image_in_every_group(run, tmp_path: Path) -> None:
+    """All of it but RandAugment, which takes long to compile."""
+    for split in ("train", "val"):
+        for number in range(2 * GROUP_SIZE):
+            path = tmp_path / split / f"n{number:02}" / "1.png"
+            path.parent.mkdir(parents=True)
+            Image.new("RGB", (50, 40), (20 * number, 250 - 20 * number, 99)).save(path)
+    folder = ("--config.data.source=folder", f"--config.data.dir={tmp_path}")
+    quick = ("--config.image_size=64", "--config.augment.randaugment=False")
+    sheet = Image.open(run("configs/stvit_small.py", *folder, *quick))
+    shown = np.array(
+        [
+            [tile(sheet, group, slot, False).mean(axis=(0, 1)) for slot in range(GROUP_SIZE)]
+            for group in range(GROUPS)
+        ]
+    )
+    assert np.ptp(shown, axis=0).max() < 1 and len(np.unique(shown[0].round(), axis=0)) == 6
+    mixed = [tile(sheet, group, 0, True).mean(axis=(0, 1)) for group in range(GROUPS)]
+    assert np.abs(mixed - shown[:, 0]).max(axis=1).min() > 1
+
+
+@pytest.mark.parametrize("config", ["digit_scenes", "upernet_small"])
+def test_scenes_are_shown_under_their_classes(run, config: str, tmp_path: Path) -> None:
     mini_ade.write(tmp_path / "data")
     where = ("--config.data.source=ade20k", f"--config.data.dir={tmp_path / 'data'}")
+    sizes = ("image_size", "segmentation.short_side", "segmentation.long_side")
+    small = (f"--config.{field}=64" for field in sizes)
     plain = ("--config.segmentation.photometric=False", "--config.data.workers=0")
-    sheet = Image.open(run("configs/digit_scenes.py", *where, *plain))
+    sheet = Image.open(run(f"configs/{config}.py", *where, *small, *plain))
     palette = class_lists.ade20k()[1]
     for group in range(GROUPS):
         before, after = tile(sheet, group, 0, False), tile(sheet, group, 0, True)

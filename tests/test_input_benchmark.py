@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,23 @@ def test_both_of_our_measures_load_every_image(monkeypatch: pytest.MonkeyPatch) 
         assert len({image.tobytes() for image in made}) == len(made)
 
 
+def assert_prints_both_ratios(said: str, count: int) -> None:
+    for work in ("equal work", "whole host side"):
+        assert re.search(rf"^{work}: published \d+, ours \d+, ratio \d+\.\d\d$", said, re.M)
+    assert re.search(rf"^augmentation of {count} images on .+: [\d.]+ ms", said, re.M)
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Beside itself, and without RandAugment, which takes long to compile."""
+    quick = partial(benchmark.augment_batch, randaugment=False)
+    monkeypatch.setattr(benchmark, "augment_batch", quick)
+    monkeypatch.setattr(benchmark, "BATCH", 4)
+    source = open_source("fake", "", "", train=True)
+    monkeypatch.setattr(benchmark, "published", lambda: benchmark.ours(source))
+    benchmark.main(["--rounds", "1"])
+    assert_prints_both_ratios(capsys.readouterr().out, 4)
+
+
 @pytest.mark.slow
 def test_the_benchmark_prints_both_ratios(tmp_path: Path) -> None:
     """Installs the published pipeline for itself."""
@@ -58,6 +76,4 @@ def test_the_benchmark_prints_both_ratios(tmp_path: Path) -> None:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    for work in ("equal work", "whole host side"):
-        assert re.search(rf"^{work}: published \d+, ours \d+, ratio \d+\.\d\d$", done.stdout, re.M)
-    assert re.search(r"^augmentation of 128 images on .+: [\d.]+ ms", done.stdout, re.M)
+    assert_prints_both_ratios(done.stdout, 128)

@@ -77,10 +77,10 @@ def test_command_prints_total_first_then_stem_to_head(capsys):
 
 
 def test_command_takes_segmenters_and_two_sides(capsys):
-    summary.main(["fpn:stvit_tiny", "--image-size", "64", "96"])
+    summary.main(["upernet:stvit_small", "--image-size", "64", "96"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "fpn:stvit_tiny at 64 x 96"
-    assert lines[-1].startswith("fpn ") and lines[-2].startswith("norms ")
+    assert lines[0] == "upernet:stvit_small at 64 x 96"
+    assert [line.split()[0] for line in lines[-3:]] == ["norms", "upernet", "auxiliary"]
     with pytest.raises(UserError, match="unknown head 'fpm'; did you mean 'fpn'"):
         summary.main(["fpm:stvit_tiny"])
     with pytest.raises(UserError, match="--image-size is 1 2 3"):

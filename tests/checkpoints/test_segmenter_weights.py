@@ -151,6 +151,11 @@ def test_the_workdir_of_a_run(made, tmp_path):
     found = fit.identify(weights.read(path))
     assert_bits_equal(found.variables, variables)
     assert (found.settings, found.classes, found.image_size) == (made("fpn").settings, CLASSES, 64)
+    pth = tmp_path / "scenes.pth"
+    assert convert_torch_weights.main([str(path), "--output", str(pth)]) == 0
+    found = weights.read(pth)
+    assert_bits_equal(found.variables, variables)
+    assert (found.settings, found.classes, found.image_size) == (made("fpn").settings, CLASSES, 64)
 
 
 def test_a_file_of_others(made, tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 from stvit_jax.data.sources import open_source
 from stvit_jax.errors import UserError
 from tests.data.processes import run_script, without_privileges
-from tests.mini_sets import change_info, prepare_own
+from tests.mini_sets import change_info, picture, prepare_own
 
 
 @pytest.mark.parametrize(
@@ -144,6 +144,31 @@ def test_damaged_metadata_is_named(own_digits: Path, file: str) -> None:
     (own_digits / "digits" / "1.0.0" / file).write_text("{")
     with pytest.raises(UserError, match="'digits' cannot be opened .*prepare the set again"):
         open_source("tfds", "digits", str(own_digits), train=True)
+
+
+CONVERT = """
+import sys
+from pathlib import Path
+
+from stvit_jax.data import array_record
+from tests.mini_sets import prepare_own
+
+splits = {"train": [0, 1, 2, 1], "test": [2, 0]}
+version = prepare_own("mini_own", Path(sys.argv[1]), splits, file_format="tfrecord")
+array_record.main([str(version)])
+"""
+
+
+@pytest.mark.docs  # imports TensorFlow
+def test_tfrecord_becomes_array_record(tmp_path: Path) -> None:
+    done = run_script(CONVERT, tmp_path, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path}/mini_own/1.0.0 has ArrayRecord files now" in done.stdout
+    for train, labels in ((True, [0, 1, 2, 1]), (False, [2, 0])):
+        found = list(open_source("tfds", "mini_own", str(tmp_path), train=train))
+        expected = {(picture(i, (8, 8), "PNG"), label) for i, label in enumerate(labels)}
+        assert {(example["image"], example["label"]) for example in found} == expected
+        assert len(found) == len(expected)
 
 
 @pytest.mark.slow

@@ -1,10 +1,13 @@
-"""Other sets of tfds by their names: what their own builders write trains and evaluates."""
+"""Configs of other sets, as tfds's builders and the command for MNIST's format write them."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from stvit_jax.data import mnist
 from stvit_jax.data.sources import open_source
+from tests.data.test_mnist import write_idx
 from tests.mini_sets import picture, prepare
 from tests.program import NARROW, Program, values
 
@@ -31,16 +34,34 @@ def inat2018(data_dir: Path) -> None:
     )
 
 
+def fashion_mnist(data_dir: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", IMAGES), ("t10k", IMAGES // 2)):
+        images = rng.integers(0, 256, (count, 28, 28), np.uint8)
+        write_idx(data_dir / f"{split}-images-idx3-ubyte.gz", images)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        write_idx(data_dir / f"{split}-labels-idx1-ubyte.gz", labels)
+    mnist.main([str(data_dir), str(data_dir / "folders")])
+    for split in ("train", "val"):
+        (data_dir / "folders" / split).rename(data_dir / split)
+
+
 @pytest.mark.parametrize(
-    ("write", "config", "classes", "flags"),
+    ("write", "config", "source", "name", "classes", "flags"),
     [
-        (cifar100, "cifar100", 100, ()),
-        (inat2018, "inat2018", 8142, ("--config.image_size=64",)),
+        (cifar100, "cifar100", "tfds", "cifar100", 100, ()),
+        (inat2018, "inat2018", "tfds", "i_naturalist2018", 8142, ("--config.image_size=64",)),
+        pytest.param(
+            *(fashion_mnist, "fashion_mnist", "folder", "", 10),
+            # Which CIFAR-100's compiles, too.
+            ("--config.augment.randaugment=False",),
+            marks=pytest.mark.docs,
+        ),
     ],
-    ids=["cifar100", "inat2018"],
+    ids=["cifar100", "inat2018", "fashion_mnist"],
 )
 def test_a_config_trains_and_evaluates(
-    write, config: str, classes: int, flags: tuple[str, ...], tmp_path: Path
+    write, config: str, source: str, name: str, classes: int, flags: tuple[str, ...], tmp_path: Path
 ) -> None:
     write(tmp_path)
     workdir = tmp_path / "run"
@@ -61,5 +82,4 @@ def test_a_config_trains_and_evaluates(
     assert f"{IMAGES} images to train on, {IMAGES // 2} to evaluate on" in program.output
     assert len(values(workdir, "train/loss")) == 2
     assert values(workdir, "eval/count") == values(workdir, "eval_ema/count") == {2: IMAGES // 2}
-    name = {"inat2018": "i_naturalist2018"}.get(config, config)
-    assert open_source("tfds", name, str(tmp_path), train=True).num_classes == classes
+    assert open_source(source, name, str(tmp_path), train=True).num_classes == classes

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stvit_jax import torch_weights
+from stvit_jax import command_line, torch_weights
 from stvit_jax.data.sources import open_source
 from stvit_jax.models.stvit import create_model
 from tests import mini_imagenet
@@ -170,30 +170,43 @@ def test_the_readme_has_the_twelve_commands() -> None:
     assert sorted(found) == sorted(2 * expected)
     assert sum("eval_only=True" in command for command in commands) == 6
     assert len({command.split("--workdir ")[1].split()[0] for command in commands}) == 12
+    for command, (name, argument) in zip(commands, found, strict=True):
+        config, workdir, _ = command_line.train(shlex.split(command)[2:], "")
+        assert (config.model.name, config.image_size) == (name, int(argument[1:] or 224))
+        assert config.eval_only == Path(workdir).name.startswith("eval_")
+        assert bool(config.init_from) == (config.eval_only or argument == ":384")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", published_commands())
-def test_a_published_command(published, tfds_dir: Path, tmp_path: Path, command: str) -> None:
-    """Each on a narrow network and one small batch, at the recipe's resolution."""
-    run_published_command(command, published, tfds_dir, tmp_path)
-
-
-@pytest.mark.parametrize("number", [0, 11])
-def test_a_published_command_at_64_pixels(
-    published, tfds_dir: Path, tmp_path: Path, number: int
+def test_a_published_command(
+    published, tfds_dir: Path, compiled: dict[str, str], tmp_path: Path, command: str
 ) -> None:
-    """One that evaluates and one that fine-tunes, each of another variant.
+    """Each on a narrow network and one small batch, at the recipe's resolution."""
+    run_published_command(command, published, tfds_dir, compiled, tmp_path)
 
-    One that trains is `test_trains_and_evaluates_from_tfds`.
-    """
+
+# By default one that evaluates and one that fine-tunes, each of another variant; one that trains is
+# `test_trains_and_evaluates_from_tfds`. With the documentation the other four configs evaluate.
+@pytest.mark.parametrize(
+    "number", [0, 11, *(pytest.param(n, marks=pytest.mark.docs) for n in range(1, 5))]
+)
+def test_a_published_command_at_64_pixels(
+    published, tfds_dir: Path, compiled: dict[str, str], tmp_path: Path, number: int
+) -> None:
+    command = published_commands()[number]
     run_published_command(
-        published_commands()[number], published, tfds_dir, tmp_path, "--config.image_size=64"
+        command, published, tfds_dir, compiled, tmp_path, "--config.image_size=64"
     )
 
 
 def run_published_command(
-    command: str, published: Callable, tfds_dir: Path, tmp_path: Path, *more: str
+    command: str,
+    published: Callable,
+    tfds_dir: Path,
+    compiled: dict[str, str],
+    tmp_path: Path,
+    *more: str,
 ) -> None:
     python, script, *arguments = shlex.split(command)
     assert (python, script) == ("python", "train.py")
@@ -217,6 +230,7 @@ def run_published_command(
         "--config.batch_size=8",
         "--config.group_size=4",
         config=config,
+        **compiled,
     )
     assert program.wait(600) == 0, program.output
     assert ("checkpoint.pth" in program.output) == ("init_from" in command)
