@@ -122,6 +122,44 @@ def test_two_processes_are_one_run(start, straight, tmp_path):
     assert last["eval/count"] == 4 and last["eval/unreadable"] == 1
 
 
+def test_semantic_fpn_trains_stops_and_goes_on(start, tmp_path):
+    """On pictures of one's own, one of which is broken: another is learned from in its place."""
+    folder = mini_ade.write(tmp_path / "own", train=8, val=2)
+    (folder / "classes.txt").write_text("".join(f"thing {i}\n" for i in range(1, 22)))
+    broken = sorted((folder / "images" / "training").iterdir())[3]
+    broken.write_bytes(broken.read_bytes()[:200])
+    flags = (
+        "--config.data.source=segmentation_folder",
+        f"--config.data.dir={folder}",
+        "--config.data.max_bad_fraction=0.5",
+        "--config.warmup_steps=0",
+    )
+    options = {"config": "configs/upernet_small.py:fpn"}
+    program = start(tmp_path / "run", *flags, **options)
+    program.read_until("step 2/6")
+    program.send(signal.SIGTERM)
+    assert program.wait() == 75, program.output
+    assert f"{broken} does not decode" in program.output
+    program = start(tmp_path / "run", *flags, **options)
+    assert program.wait() == 0, program.output
+    assert "fpn on stvit_tiny" in program.output and "continuing after step" in program.output
+
+    lines = metrics(tmp_path / "run")
+    steps = [line["step"] for line in lines if "train/loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+    # The set is one batch: a pass each step, and the broken picture once in each.
+    assert values(tmp_path / "run", "train/unreadable") == {step: step for step in steps}
+    assert "train/pixel_accuracy" in lines[0] and "train/auxiliary_loss" not in lines[0]
+    base, last = 1e-4 * 8 / 16, 1e-6
+    for step, rate in values(tmp_path / "run", "train/learning_rate").items():
+        left = 1 - (step - 1) / STEPS
+        assert rate == pytest.approx(last + (base - last) * left**0.9, rel=1e-12)
+    assert lines[-1]["eval/count"] == 2 and lines[-1]["eval/unreadable"] == 0
+    assert 0 <= lines[-1]["eval/miou"] <= lines[-1]["eval/aacc"] <= 1
+    classes = json.loads((tmp_path / "run" / "per_class.json").read_text())["classes"]
+    assert list(classes) == [f"thing {i}" for i in range(1, 22)]
+
+
 def test_a_network_for_classification_is_taken_and_what_is_dropped_is_said(start, tmp_path):
     model = stvit_jax.create_model("stvit_tiny", **NARROW_SETTINGS)
     variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))

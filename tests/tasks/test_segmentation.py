@@ -22,9 +22,9 @@ from tests.program import NARROW_SETTINGS
 K = 5
 
 
-def network(**more):
+def network(kind="upernet", **more):
     how = dict(channels=8, dropout=0.0, num_classes=K) | NARROW_SETTINGS | more
-    return stvit_jax.create_segmenter("upernet", "stvit_tiny", **how)
+    return stvit_jax.create_segmenter(kind, "stvit_tiny", **how)
 
 
 def batch(side=32):
@@ -52,8 +52,10 @@ def test_beyond_a_scene_the_network_sees_zeros():
 
 
 @pytest.mark.usefixtures("x64")
-def test_the_loss_is_that_of_both_heads_at_the_labels_size(random_variables):
-    model = network(dtype=jnp.float64)
+@pytest.mark.parametrize("kind", ["upernet", "fpn"])
+def test_the_loss_is_that_of_all_heads_at_the_labels_size(kind, random_variables):
+    """Of both that UPerNet has, of the only one of Semantic FPN."""
+    model = network(kind, dtype=jnp.float64)
     variables = jax.tree.map(partial(np.asarray, dtype=np.float64), random_variables(model))
     given = task.prepare(False, batch(), jax.random.key(0)) | {"row": jnp.arange(2)}
     given["image"] = given["image"].astype(jnp.float64)
@@ -73,8 +75,9 @@ def test_the_loss_is_that_of_both_heads_at_the_labels_size(random_variables):
         return loss(params, batch_stats, given, key, 0), logits
 
     (value, (stats, scalars)), logits = both(variables["params"], variables["batch_stats"], given)
-    expected = 0.0
-    for weight, part in ((1, logits.main), (0.4, logits.auxiliary)):
+    expected, auxiliary = 0.0, kind == "upernet"
+    assert (logits.auxiliary is not None) == ("auxiliary_loss" in scalars) == auxiliary
+    for weight, part in ((1, logits.main), (0.4, logits.auxiliary))[: 1 + auxiliary]:
         log = np.asarray(jax.nn.log_softmax(resize.bilinear(part, (32, 32))))
         label = given["label"].astype(int)
         own = -np.take_along_axis(log, np.where(label == 255, 0, label)[..., None], -1)[..., 0]
