@@ -5,10 +5,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import stvit_jax
-from stvit_jax import parallel, recipes
+from stvit_jax import parallel, plans, recipes
 from stvit_jax.checkpoints.weights import Weights
 from stvit_jax.data.normalization import normalize
 from stvit_jax.errors import UserError
@@ -16,6 +17,7 @@ from stvit_jax.ops import resize
 from stvit_jax.tasks import pixels
 from stvit_jax.tasks import segmentation as task
 from stvit_jax.tasks.protocol import Protocol
+from stvit_jax.trees import leaves
 from tests import mini_ade
 from tests.program import NARROW_SETTINGS
 
@@ -157,6 +159,28 @@ def built(tmp_path_factory):
     config.data.dir, config.dtype = str(folder), "float32"
     mesh = parallel.make_mesh(config.batch_size, devices=jax.devices()[:1])
     return config, task.task(config, mesh)
+
+
+def test_what_is_frozen_is_not_decayed_either(built, random_variables):
+    """A step of the run's own optimiser, with gradients and a large decay everywhere."""
+    config = built[0].copy_and_resolve_references()
+    config.segmentation.freeze_bn, config.decay, config.weight_decay = True, "all", 10.0
+    config.learning_rate, config.warmup_steps = 512 / config.batch_size * 0.01, 0
+    mesh = parallel.make_mesh(config.batch_size, devices=jax.devices()[:1])
+    tx = plans.Plans.of(config, task.task(config, mesh)).tx
+    variables = random_variables(task.create(config, mesh, 150, ""))
+    params = variables["params"]
+
+    @jax.jit
+    def learn(params, gradients):
+        updates, _ = tx.update(gradients, tx.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    before, after = leaves(params), leaves(learn(params, jax.tree.map(np.ones_like, params)))
+    stay = {path for path in before if np.array_equal(before[path], after[path])}
+    normalised = leaves(variables["batch_stats"]["backbone"])
+    modules = {path.rpartition("/")[0] for path in normalised}
+    assert stay == {f"backbone/{m}/{name}" for m in modules for name in ("scale", "bias")}
 
 
 def test_examples_are_what_their_specs_say_and_groups_hold_every_one_once(built):
