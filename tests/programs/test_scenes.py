@@ -71,6 +71,7 @@ def test_semantic_fpn_trains_stops_and_goes_on(compiled, tmp_path):
     folder = mini_ade.write(tmp_path / "own", train=8, val=4, sizes=SHAPES[:2])
     (folder / "classes.txt").write_text("".join(f"thing {i}\n" for i in range(1, 22)))
     broken = damage(folder / "images" / "training", 3)
+    damage(folder / "annotations" / "validation", 2)
     model = stvit_jax.create_model("stvit_tiny", **NARROW_SETTINGS)
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3)))
     rng = np.random.default_rng(0)
@@ -103,7 +104,8 @@ def test_semantic_fpn_trains_stops_and_goes_on(compiled, tmp_path):
         left = (STEPS - step + 1) / STEPS
         assert rate == pytest.approx(last + (base - last) * left**0.9, rel=1e-12)
     assert values(straight, "eval/count") == {STEPS: 4}
-    assert lines[-1]["eval/unreadable"] == 0
+    assert (lines[-1]["eval/unreadable"], lines[-1]["eval/unlabelled"]) == (1, 1)
+    assert "(4 images, 1 of them unreadable, 1 without a labelled pixel)" in program.output
     assert 0 <= lines[-1]["eval/miou"] <= lines[-1]["eval/aacc"] <= 1
     classes = json.loads((straight / "per_class.json").read_text())["classes"]
     assert list(classes) == [f"thing {i}" for i in range(1, 22)]
@@ -168,6 +170,7 @@ def test_a_run_logs_measures_and_reports_every_class(straight):
     for line in found:
         assert set(MEASURES) <= line.keys()
         assert line["eval/count"] == 4 and line["eval/unreadable"] == 1
+        assert line["eval/unlabelled"] == 0  # whose pixels are wrong
         assert all(0 <= line[key] <= 1 for key in MEASURES[:3])
     rates = list(values(straight, "train/learning_rate").values())
     base = 6e-5 * 8 / 16  # for 8 images

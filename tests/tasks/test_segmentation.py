@@ -115,17 +115,18 @@ def test_counts_are_of_every_pixel_of_a_picture_and_no_other(random_variables):
     model = network()
     variables = random_variables(model)
     rng = np.random.default_rng(2)
-    sizes = np.array([[40, 50], [33, 61], [64, 64], [0, 0]])
+    sizes = np.array([[40, 50], [33, 61], [64, 64], [20, 30], [0, 0]])
     given = {
-        "image_0": rng.integers(0, 256, (4, 24, 32, 3), np.uint8),
-        "label": rng.integers(0, K, (4, 64, 64)).astype(np.uint8),
+        "image_0": rng.integers(0, 256, (5, 24, 32, 3), np.uint8),
+        "label": rng.integers(0, K, (5, 64, 64)).astype(np.uint8),
         "size": sizes.astype(np.int32),
-        "mask": np.array([True, True, True, False]),
-        "unreadable": np.array([0, 1, 0, 0], np.int32),
+        "mask": np.array([True, True, True, True, False]),
+        "unreadable": np.array([0, 1, 0, 1, 0], np.int32),
     }
     given["label"][0, 5:9] = 255
+    given["label"][3, :20, :30] = 255  # as where an annotation does not decode
     counts = jax.jit(partial(pixels.measure, model, Protocol()))(variables, given)
-    assert counts["count"] == 3 and counts["unreadable"] == 1
+    assert (counts["count"], counts["unreadable"], counts["unlabelled"]) == (4, 2, 1)
     expected = np.zeros((K, K + 1), int)
     logits = jax.jit(model.apply)(variables, normalize(given["image_0"]))
     for i, (height, width) in enumerate(sizes[:3]):
@@ -139,12 +140,16 @@ def test_counts_are_of_every_pixel_of_a_picture_and_no_other(random_variables):
 
     metrics = pixels.finish(pixels.add(None, counts))
     assert metrics["aacc"] == pytest.approx(np.trace(expected) / expected.sum(), abs=1e-3)
-    assert metrics["count"] == 3 and 0 < metrics["miou"] < metrics["aacc"] + 0.1
-    assert "mIoU" in pixels.describe(metrics) and "1 of them unreadable" in pixels.describe(metrics)
+    assert metrics["count"] == 4 and 0 < metrics["miou"] < metrics["aacc"] + 0.1
+    said = pixels.describe(metrics)
+    assert said.startswith(f"mIoU {metrics['miou']:.4f} aAcc ")
+    assert said.endswith("(4 images, 2 of them unreadable, 1 without a labelled pixel)")
+    assert "labelled" not in pixels.describe(metrics | {"unlabelled": 0})
+    counted = {"count": 2, "unlabelled": 0}
     with pytest.raises(UserError, match="none of the 2 images"):
-        pixels.finish({"count": 2, "unreadable": 2, "confusion": expected})
+        pixels.finish(counted | {"unreadable": 2, "confusion": expected})
     with pytest.raises(UserError, match="no pixel of the 2 images"):
-        pixels.finish({"count": 2, "unreadable": 0, "confusion": 0 * expected})
+        pixels.finish(counted | {"unreadable": 0, "confusion": 0 * expected})
 
 
 @pytest.fixture(scope="module")
