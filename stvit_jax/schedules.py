@@ -77,12 +77,10 @@ def polynomial(
       UserError: there is no step.
     """
     t = np.arange(max(steps, 0), dtype=np.float64)
-    rates = minimum + (base - minimum) * (1 - t / max(steps, 1)) ** power
-    rates = np.where(
-        t < warmup_steps,
-        rates * (1 - (1 - t / max(warmup_steps, 1)) * (1 - warmup_factor)),
-        rates,
-    )
+    # As sums of what is positive, so that the smallest rates, at both ends, are exact, too.
+    rates = minimum + (base - minimum) * ((steps - t) / max(steps, 1)) ** power
+    warmed = (t + (warmup_steps - t) * warmup_factor) / max(warmup_steps, 1)
+    rates = np.where(t < warmup_steps, rates * warmed, rates)
     return by_epoch(rates, 1)
 
 

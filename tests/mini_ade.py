@@ -1,5 +1,6 @@
 """A miniature ADE20K: generated pictures, with the layout and names of ADEChallengeData2016."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,13 @@ COLOURS = {
 SIZES = ((67, 91), (96, 64), (48, 48), (71, 130), (33, 41), (101, 59), (64, 64))  # height, width
 
 
-def write(folder: Path, train: int = 8, val: int = 5, seed: int = 0) -> Path:
+def write(
+    folder: Path,
+    train: int = 8,
+    val: int = 5,
+    seed: int = 0,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+) -> Path:
     """Writes `train` and `val` pictures, of odd sizes, some of them upright, some small.
 
     Returns:
@@ -33,7 +40,7 @@ def write(folder: Path, train: int = 8, val: int = 5, seed: int = 0) -> Path:
         annotations.mkdir(parents=True)
         for index in range(count):
             rng = np.random.default_rng([seed, number, index])
-            picture, annotation = scene(*SIZES[index % len(SIZES)], rng)
+            picture, annotation = scene(*sizes[index % len(sizes)], rng)
             name = f"ADE_{short}_{index + 1:08}"
             Image.fromarray(picture).save(images / f"{name}.jpg", quality=95)
             Image.fromarray(annotation).save(annotations / f"{name}.png")

@@ -66,14 +66,15 @@ def test_the_polynomial_is_that_of_mmcv():
     rate = schedules.polynomial(6e-5, 0.0, 1.0, 160_000, 1500)
     for step, expected in {
         0: 6.0e-11,
-        1: 6e-5 * (1 - 1 / 160_000) * (1 - (1 - 1 / 1500) * (1 - 1e-6)),
-        1500: 6e-5 * (1 - 1500 / 160_000),
+        1: 6e-5 * 159_999 / 160_000 * (1 + 1e-6 * 1499) / 1500,
+        1499: 6e-5 * 158_501 / 160_000 * (1499 + 1e-6) / 1500,
+        1500: 6e-5 * 158_500 / 160_000,
         80_000: 3e-5,
         159_999: 3.75e-10,
     }.items():
-        assert abs(rate(step) - expected) < 1e-12 * 6e-5
+        assert rate(step) == pytest.approx(expected, rel=1e-12, abs=0), step
     assert rate(1) == pytest.approx(4.00597e-8, rel=2e-6)  # as the running schedulers gave them
     assert rate(1499) == pytest.approx(5.93982e-5, rel=2e-6)
     fpn = schedules.polynomial(1e-4, 1e-6, 0.9, 80_000)
     assert fpn(0) == 1e-4 and fpn(40_000) == pytest.approx(1e-6 + 9.9e-5 * 0.5**0.9, rel=1e-12)
-    assert fpn(79_999) > 1e-6
+    assert fpn(79_999) == pytest.approx(1e-6 + 9.9e-5 / 80_000**0.9, rel=1e-12, abs=0)

@@ -13,6 +13,9 @@ from stvit_jax.ops import enlarged, resize
 from stvit_jax.ops.enlarged import IGNORED
 from stvit_jax.ops.precision import wide
 
+# What mmsegmentation adds to a divisor: a number of Python's, so that float64 keeps it.
+_EPSILON = float(np.finfo(np.float32).eps)
+
 
 def cross_entropy(
     logits: jax.Array, labels: jax.Array, *, mean_of_labelled: bool = False
@@ -31,7 +34,7 @@ def cross_entropy(
     else:
         gain = _log_probability(resize.bilinear(logits, labels.shape[1:]), labels)
     pixels = jnp.sum(labels != IGNORED) if mean_of_labelled else labels.size
-    return -jnp.sum(gain) / (pixels + jnp.finfo(jnp.float32).eps)
+    return -jnp.sum(gain) / (pixels + _EPSILON)
 
 
 def _log_probability(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -51,7 +54,7 @@ def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
         answers = jnp.argmax(resize.bilinear(logits, labels.shape[1:]), axis=-1)
     kept = labels != IGNORED
     right = kept & (answers == labels)
-    return jnp.sum(right) / (jnp.sum(kept) + jnp.finfo(jnp.float32).eps)
+    return jnp.sum(right) / (jnp.sum(kept) + _EPSILON)
 
 
 def confusion(predicted: jax.Array, labels: jax.Array, classes: int) -> jax.Array:

@@ -1,7 +1,8 @@
 """How good a segmenter is: mIoU, and the shares of pixels that are right; at the end, every class.
 
 One matrix of labels and answers is added up over the set, so the measures are exact however it is
-split. Pixels of a picture that does not decode are wrong.
+split. Pixels of a picture that does not decode are wrong. A scene whose annotation cannot be used
+has no pixels to count: how many there are is said.
 """
 
 import json
@@ -62,7 +63,8 @@ def measure(
         first rows and columns by `size` (B, 2) are the picture's; and what the loader adds.
 
     Returns:
-      `confusion` (K, K + 1), integers: labels by answers, the last column where there is none.
+      `confusion` (K, K + 1), integers: labels by answers, the last column where there is none;
+      `unlabelled`, of how many scenes no pixel has a class.
     """
     network = fold.fitting(model, variables)
     views = [normalize(batch[f"image_{i}"]) for i in range(len(protocol.scales))]
@@ -77,6 +79,7 @@ def measure(
     return {
         "count": jnp.sum(batch["mask"]),
         "unreadable": jnp.sum(batch["mask"] & ~readable),
+        "unlabelled": jnp.sum(batch["mask"] & jnp.all(label == segmentation.IGNORED, (1, 2))),
         "confusion": segmentation.confusion(answers, label, k),
     }
 
@@ -99,14 +102,16 @@ def finish(total: dict[str, Any]) -> Metrics:
             f"no pixel of the {seen['count']} images to evaluate on has a class, so there is no "
             "result: look at their annotations"
         )
-    return segmentation.scores(total["confusion"]) | seen
+    return segmentation.scores(total["confusion"]) | seen | {"unlabelled": int(total["unlabelled"])}
 
 
 def describe(metrics: Metrics) -> str:
     """One line of evaluation metrics."""
+    unlabelled = int(metrics.get("unlabelled", 0))  # a run of before this was counted has none
+    nothing = f", {unlabelled} without a labelled pixel" if unlabelled else ""
     return (
         f"mIoU {metrics['miou']:.4f} aAcc {metrics['aacc']:.4f} mAcc {metrics['macc']:.4f} "
-        f"{counted.describe(metrics)}"
+        f"{counted.describe(metrics, nothing)}"
     )
 
 

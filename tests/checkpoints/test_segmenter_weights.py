@@ -261,8 +261,10 @@ def test_between_segmenters(made, tmp_path, capsys):
 
 
 def test_from_classification(classifier, capsys):
+    """Whatever its super tokens: no weight depends on them, and dense tasks may want others."""
     model, theirs = classifier
-    segmenter = network("upernet", num_classes=5)
+    segmenter = network("upernet", num_classes=5, stoken_size=(8, 4, 2, 1))
+    assert segmenter.backbone.stoken_size != model.stoken_size
     variables = fit.fitted(segmenter, theirs)
     said = capsys.readouterr().out
     assert "classifier: its proj, norm, head are dropped; this network has none\n" in said

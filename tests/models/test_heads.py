@@ -155,7 +155,12 @@ def test_initialisation_dropout_and_narrow_types(head):
             assert np.all(leaf == 1), name
         elif "conv_seg" in name:
             assert np.std(leaf) == pytest.approx(0.01, rel=0.3)
-        elif "neck" not in name:
+        elif name.startswith("neck"):  # Xavier's uniform, gain 1
+            fans = np.prod(leaf.shape[:-2]) * sum(leaf.shape[-2:])
+            bound = (6 / fans) ** 0.5
+            assert 0.97 * bound < np.abs(leaf).max() <= bound, name
+            assert np.std(leaf) == pytest.approx(bound / 3**0.5, rel=0.1), name
+        else:
             fan_out = np.prod(leaf.shape[:-2]) * leaf.shape[-1]
             assert np.std(leaf) == pytest.approx((2 / fan_out) ** 0.5, rel=0.2), name
 

@@ -1,5 +1,6 @@
 """Segmenters next to their PyTorch peers in float64: values, gradients, statistics, names."""
 
+import re
 from functools import partial
 
 import jax
@@ -12,7 +13,8 @@ import stvit_jax
 from benchmarks import torch_segmenter
 from stvit_jax import torch_weights
 from stvit_jax.errors import UserError
-from stvit_jax.ops import resize, segmentation
+from stvit_jax.models import settings
+from stvit_jax.ops import attention, resize, segmentation
 from tests.parity import assert_close
 
 TOLERANCE = 1e-9
@@ -154,12 +156,14 @@ def test_what_is_missing_or_too_much_is_listed(wrong, lists):
     assert "unexpected: backbone.head.bias;" in str(caught.value) and lists in str(caught.value)
 
 
-def test_frozen_batch_norm_and_remat():
+@pytest.mark.usefixtures("x64")
+def test_frozen_batch_norm_and_remat(random_variables):
     """Dropping is drawn again when blocks are computed again; only the backbone's norms freeze."""
-    how = dict(num_classes=5, channels=8, drop_path_rate=0.5, freeze_bn=True) | SMALL
-    network = stvit_jax.create_segmenter("fpn", "stvit_small", **how)
-    x = jnp.asarray(inputs(32, 32)[1], jnp.float32)
-    variables = jax.jit(network.init)(jax.random.key(0), x)
+    how = dict(num_classes=5, channels=8, drop_path_rate=0.5, freeze_bn=True, dtype=jnp.float64)
+    network = stvit_jax.create_segmenter("fpn", "stvit_small", **how | SMALL)
+    x = inputs(32, 32)[1]
+    variables = random_variables(network)
+    variables = jax.tree.map(lambda v: v.astype(np.float64) if v.ndim else v, variables)
 
     def loss(params, network):
         how = dict(rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
@@ -170,9 +174,10 @@ def test_frozen_batch_norm_and_remat():
     grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
     gradients, statistics = grad(variables["params"], network)
     again = network.clone(backbone=network.backbone.clone(remat=(0, 2)))
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradients))
     pairs = (jax.tree.leaves(grad(variables["params"], again)[0]), jax.tree.leaves(gradients))
     for a, b in zip(*pairs, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12 * largest)
 
     stem = gradients["backbone"]["patch_embed"]
     assert np.all(stem["proj_2"]["scale"] == 0) and np.any(stem["proj_0"]["kernel"] != 0)
@@ -181,6 +186,52 @@ def test_frozen_batch_norm_and_remat():
     name = "scale_heads_0_0"
     assert np.any(gradients["decode_head"][name]["bn"]["scale"] != 0)
     assert int(statistics["decode_head"][name]["bn"]["count"]) == 1
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_frozen_backbone_trains_on_the_maps_of_inference(random_variables):
+    """Its BatchNorm has the running statistics, not the batch's; there is no drop path."""
+    how = dict(num_classes=5, channels=8, dtype=jnp.float64) | SMALL
+    network = stvit_jax.create_segmenter("fpn", "stvit_small", **how, freeze_bn=True)
+    x = inputs(32, 32)[1]
+    variables = random_variables(network)
+    alone = {
+        name: jax.tree.map(lambda v: v.astype(np.float64) if v.ndim else v, tree["backbone"])
+        for name, tree in variables.items()
+    }
+
+    @partial(jax.jit, static_argnums=(0, 1))
+    def maps(backbone, train):
+        how = dict(mutable=["batch_stats"], method="feature_maps")
+        return backbone.apply(alone, x, train=train, **how)[0]
+
+    inference = maps(network.backbone, False)
+    assert_close(dict(enumerate(maps(network.backbone, True))), dict(enumerate(inference)), 1e-12)
+    free = maps(network.backbone.clone(freeze_bn=False), True)
+    assert all(np.abs(a - b).max() > 0.1 for a, b in zip(free, inference, strict=True))
+
+
+def test_attention_of_many_tokens_never_has_all_pairs_of_them(monkeypatch):
+    """Of a picture of 512 x 2048 there are 4,096 tokens in stage 3, with cells of one."""
+    network = stvit_jax.create_segmenter("upernet", "stvit_small", depths=(1, 1, 1, 1))
+    images = jax.ShapeDtypeStruct((2, 512, 2048, 3), jnp.float32)
+    variables = settings.abstract(network)
+    how = dict(train=True, mutable=["batch_stats"], method="head_logits")
+
+    def loss(params, batch_stats, images, key):
+        held = {"params": params, "batch_stats": batch_stats}
+        logits, _ = network.apply(held, images, rngs={"dropout": key}, **how)
+        return jnp.sum(logits.main)
+
+    def all_pairs(function):
+        args = variables["params"], variables["batch_stats"], images, jax.random.key(0)
+        program = str(jax.make_jaxpr(function)(*args))
+        assert "2,128,512,64]" in program  # it is of this size
+        return re.findall(r"\[(?:\d+,)*4096,(?:\d+,)*4096[,\]]", program)
+
+    assert not all_pairs(jax.grad(loss))
+    monkeypatch.setattr(attention, "_LOGITS", 4096**2)  # were they all to be stored at once
+    assert all_pairs(loss)
 
 
 def test_settings_and_types():

@@ -5,10 +5,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import stvit_jax
-from stvit_jax import parallel, recipes
+from stvit_jax import parallel, plans, recipes
 from stvit_jax.checkpoints.weights import Weights
 from stvit_jax.data.normalization import normalize
 from stvit_jax.errors import UserError
@@ -16,15 +17,17 @@ from stvit_jax.ops import resize
 from stvit_jax.tasks import pixels
 from stvit_jax.tasks import segmentation as task
 from stvit_jax.tasks.protocol import Protocol
+from stvit_jax.trees import leaves
 from tests import mini_ade
 from tests.program import NARROW_SETTINGS
 
 K = 5
+EPSILON = float(np.finfo(np.float32).eps)  # what mmsegmentation adds to a divisor
 
 
-def network(**more):
+def network(kind="upernet", **more):
     how = dict(channels=8, dropout=0.0, num_classes=K) | NARROW_SETTINGS | more
-    return stvit_jax.create_segmenter("upernet", "stvit_tiny", **how)
+    return stvit_jax.create_segmenter(kind, "stvit_tiny", **how)
 
 
 def batch(side=32):
@@ -52,8 +55,10 @@ def test_beyond_a_scene_the_network_sees_zeros():
 
 
 @pytest.mark.usefixtures("x64")
-def test_the_loss_is_that_of_both_heads_at_the_labels_size(random_variables):
-    model = network(dtype=jnp.float64)
+@pytest.mark.parametrize("kind", ["upernet", "fpn"])
+def test_the_loss_is_that_of_all_heads_at_the_labels_size(kind, random_variables):
+    """Of both that UPerNet has, of the only one of Semantic FPN."""
+    model = network(kind, dtype=jnp.float64)
     variables = jax.tree.map(partial(np.asarray, dtype=np.float64), random_variables(model))
     given = task.prepare(False, batch(), jax.random.key(0)) | {"row": jnp.arange(2)}
     given["image"] = given["image"].astype(jnp.float64)
@@ -73,16 +78,18 @@ def test_the_loss_is_that_of_both_heads_at_the_labels_size(random_variables):
         return loss(params, batch_stats, given, key, 0), logits
 
     (value, (stats, scalars)), logits = both(variables["params"], variables["batch_stats"], given)
-    expected = 0.0
-    for weight, part in ((1, logits.main), (0.4, logits.auxiliary)):
+    expected, auxiliary = 0.0, kind == "upernet"
+    assert (logits.auxiliary is not None) == ("auxiliary_loss" in scalars) == auxiliary
+    for weight, part in ((1, logits.main), (0.4, logits.auxiliary))[: 1 + auxiliary]:
         log = np.asarray(jax.nn.log_softmax(resize.bilinear(part, (32, 32))))
         label = given["label"].astype(int)
         own = -np.take_along_axis(log, np.where(label == 255, 0, label)[..., None], -1)[..., 0]
-        expected += weight * np.where(label == 255, 0, own).sum() / label.size
-    assert abs(float(value) - expected) < 1e-6 * expected  # the divisor has 1.2e-7 more
+        expected += weight * np.where(label == 255, 0, own).sum() / (label.size + EPSILON)
+    assert float(value) == pytest.approx(expected, rel=1e-12)
     answers = np.argmax(resize.bilinear(logits.main, (32, 32)), -1)
-    right = (answers == given["label"])[given["label"] != 255]
-    assert float(scalars["pixel_accuracy"]) == pytest.approx(float(right.mean()), rel=1e-6)
+    right = np.asarray(answers == given["label"])[given["label"] != 255]
+    accuracy = right.sum() / (right.size + EPSILON)
+    assert float(scalars["pixel_accuracy"]) == pytest.approx(accuracy, rel=1e-12)
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), stats, variables["batch_stats"])
     assert all(jax.tree.leaves(changed))
 
@@ -108,17 +115,18 @@ def test_counts_are_of_every_pixel_of_a_picture_and_no_other(random_variables):
     model = network()
     variables = random_variables(model)
     rng = np.random.default_rng(2)
-    sizes = np.array([[40, 50], [33, 61], [64, 64], [0, 0]])
+    sizes = np.array([[40, 50], [33, 61], [64, 64], [20, 30], [0, 0]])
     given = {
-        "image_0": rng.integers(0, 256, (4, 24, 32, 3), np.uint8),
-        "label": rng.integers(0, K, (4, 64, 64)).astype(np.uint8),
+        "image_0": rng.integers(0, 256, (5, 24, 32, 3), np.uint8),
+        "label": rng.integers(0, K, (5, 64, 64)).astype(np.uint8),
         "size": sizes.astype(np.int32),
-        "mask": np.array([True, True, True, False]),
-        "unreadable": np.array([0, 1, 0, 0], np.int32),
+        "mask": np.array([True, True, True, True, False]),
+        "unreadable": np.array([0, 1, 0, 1, 0], np.int32),
     }
     given["label"][0, 5:9] = 255
+    given["label"][3, :20, :30] = 255  # as where an annotation does not decode
     counts = jax.jit(partial(pixels.measure, model, Protocol()))(variables, given)
-    assert counts["count"] == 3 and counts["unreadable"] == 1
+    assert (counts["count"], counts["unreadable"], counts["unlabelled"]) == (4, 2, 1)
     expected = np.zeros((K, K + 1), int)
     logits = jax.jit(model.apply)(variables, normalize(given["image_0"]))
     for i, (height, width) in enumerate(sizes[:3]):
@@ -132,12 +140,16 @@ def test_counts_are_of_every_pixel_of_a_picture_and_no_other(random_variables):
 
     metrics = pixels.finish(pixels.add(None, counts))
     assert metrics["aacc"] == pytest.approx(np.trace(expected) / expected.sum(), abs=1e-3)
-    assert metrics["count"] == 3 and 0 < metrics["miou"] < metrics["aacc"] + 0.1
-    assert "mIoU" in pixels.describe(metrics) and "1 of them unreadable" in pixels.describe(metrics)
+    assert metrics["count"] == 4 and 0 < metrics["miou"] < metrics["aacc"] + 0.1
+    said = pixels.describe(metrics)
+    assert said.startswith(f"mIoU {metrics['miou']:.4f} aAcc ")
+    assert said.endswith("(4 images, 2 of them unreadable, 1 without a labelled pixel)")
+    assert "labelled" not in pixels.describe(metrics | {"unlabelled": 0})
+    counted = {"count": 2, "unlabelled": 0}
     with pytest.raises(UserError, match="none of the 2 images"):
-        pixels.finish({"count": 2, "unreadable": 2, "confusion": expected})
+        pixels.finish(counted | {"unreadable": 2, "confusion": expected})
     with pytest.raises(UserError, match="no pixel of the 2 images"):
-        pixels.finish({"count": 2, "unreadable": 0, "confusion": 0 * expected})
+        pixels.finish(counted | {"unreadable": 0, "confusion": 0 * expected})
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +164,28 @@ def built(tmp_path_factory):
     config.data.dir, config.dtype = str(folder), "float32"
     mesh = parallel.make_mesh(config.batch_size, devices=jax.devices()[:1])
     return config, task.task(config, mesh)
+
+
+def test_what_is_frozen_is_not_decayed_either(built, random_variables):
+    """A step of the run's own optimiser, with gradients and a large decay everywhere."""
+    config = built[0].copy_and_resolve_references()
+    config.segmentation.freeze_bn, config.decay, config.weight_decay = True, "all", 10.0
+    config.learning_rate, config.warmup_steps = 512 / config.batch_size * 0.01, 0
+    mesh = parallel.make_mesh(config.batch_size, devices=jax.devices()[:1])
+    tx = plans.Plans.of(config, task.task(config, mesh)).tx
+    variables = random_variables(task.create(config, mesh, 150, ""))
+    params = variables["params"]
+
+    @jax.jit
+    def learn(params, gradients):
+        updates, _ = tx.update(gradients, tx.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    before, after = leaves(params), leaves(learn(params, jax.tree.map(np.ones_like, params)))
+    stay = {path for path in before if np.array_equal(before[path], after[path])}
+    normalised = leaves(variables["batch_stats"]["backbone"])
+    modules = {path.rpartition("/")[0] for path in normalised}
+    assert stay == {f"backbone/{m}/{name}" for m in modules for name in ("scale", "bias")}
 
 
 def test_examples_are_what_their_specs_say_and_groups_hold_every_one_once(built):
