@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from stvit_jax.tasks import TASKS
+
 PACKAGE = Path(__file__).parents[1] / "stvit_jax"
 GROUND = {"errors", "console", "trees", "parallel", "programs", "places", "cluster"}
 HALL = {"run", "following", "trainer", "evaluator", "plans", "config", "command_line"}
@@ -95,6 +97,9 @@ LIBRARIES = {
 # Loader workers and command lines import these: no JAX when they are imported.
 LIGHT = GROUND | {"config", "command_line", "data", "training.signals"}
 LIGHT |= {"torch_weights", "torch_heads", "torch_rules"}
+# Where it is known that there are several tasks, and which.
+OF_TASKS = {"config", "validation", "recipes", "tasks"}
+CONFIGS = {"config", "c"}  # what configs are called
 
 
 def rooms() -> Iterator[tuple[str, Path]]:
@@ -163,3 +168,39 @@ def test_a_wrong_import_is_found(room: str, line: str, tmp_path: Path) -> None:
     path = tmp_path / "room.py"
     path.write_text(f"{line}\n")
     assert len(violations(iter([(room, path)]))) == 1
+
+
+def told_apart(package: Iterator[tuple[str, Path]]) -> list[str]:
+    """Where `config.task` or the name of a task is read, outside of OF_TASKS."""
+    found = []
+    for room, path in package:
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_task = isinstance(node, ast.Attribute) and node.attr == "task"
+            of_config = is_task and ast.unparse(node.value).split(".")[-1].strip("_") in CONFIGS
+            is_name = isinstance(node, ast.Constant) and node.value in (*TASKS, "task")
+            if (of_config or is_name) and not within(room, OF_TASKS):
+                found.append(f"{path.name}:{node.lineno}: {room} must not tell tasks apart")
+    return found
+
+
+def test_tasks_are_told_apart_in_their_room_only() -> None:
+    assert not told_apart(rooms())
+
+
+@pytest.mark.parametrize(
+    "room, line, expected",
+    [
+        ("training.loop", "if config.task == 1: pass", 1),
+        ("trainer", "def f(self): return self._config.task", 1),
+        ("evaluator", "f = lambda c: c.task != 'segmentation'", 2),
+        ("run", "x = getattr(config, 'task')", 1),
+        ("trainer", "def f(self): return self._task.train", 0),
+        ("tasks.segmentation", "config.task", 0),
+    ],
+)
+def test_who_tells_tasks_apart_is_found(
+    room: str, line: str, expected: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "room.py"
+    path.write_text(f"{line}\n")
+    assert len(told_apart(iter([(room, path)]))) == expected
