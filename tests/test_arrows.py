@@ -171,15 +171,23 @@ def test_a_wrong_import_is_found(room: str, line: str, tmp_path: Path) -> None:
 
 
 def told_apart(package: Iterator[tuple[str, Path]]) -> list[str]:
-    """Where `config.task` or the name of a task is read, outside of OF_TASKS."""
+    """Where `config.task` is read, or something compared with a task's name, outside of OF_TASKS.
+
+    A section of the config may have the name of a task.
+    """
     found = []
     for room, path in package:
         for node in ast.walk(ast.parse(path.read_text())):
-            is_task = isinstance(node, ast.Attribute) and node.attr == "task"
-            of_config = is_task and ast.unparse(node.value).split(".")[-1].strip("_") in CONFIGS
-            is_name = isinstance(node, ast.Constant) and node.value in (*TASKS, "task")
-            if (of_config or is_name) and not within(room, OF_TASKS):
-                found.append(f"{path.name}:{node.lineno}: {room} must not tell tasks apart")
+            if isinstance(node, ast.Attribute):
+                holder = ast.unparse(node.value).split(".")[-1].strip("_")
+                wrong = node.attr == "task" and holder in CONFIGS
+            elif isinstance(node, ast.Compare | ast.match_case):
+                inside = (n for n in ast.walk(node) if isinstance(n, ast.Constant))
+                wrong = any(n.value in TASKS for n in inside if isinstance(n.value, str))
+            else:
+                wrong = isinstance(node, ast.Constant) and node.value == "task"
+            if wrong and not within(room, OF_TASKS):
+                found.append(f"{path.name}: {room} must not tell tasks apart: {ast.unparse(node)}")
     return found
 
 
@@ -194,6 +202,9 @@ def test_tasks_are_told_apart_in_their_room_only() -> None:
         ("trainer", "def f(self): return self._config.task", 1),
         ("evaluator", "f = lambda c: c.task != 'segmentation'", 2),
         ("run", "x = getattr(config, 'task')", 1),
+        ("plans", "if kind in ('segmentation', 'x'): pass", 1),
+        ("plans", "match kind:\n  case 'segmentation': pass", 1),
+        ("following", "before['segmentation']['head']", 0),
         ("trainer", "def f(self): return self._task.train", 0),
         ("tasks.segmentation", "config.task", 0),
     ],
