@@ -46,7 +46,7 @@ from stvit_jax.checkpoints import files, fit, pretrained, weights
 from stvit_jax.console import say
 from stvit_jax.errors import UserError
 from stvit_jax.models.segmenter import KINDS
-from stvit_jax.models.settings import HEAD_SETTINGS, SETTINGS, UNOPTIMIZED, create
+from stvit_jax.models.settings import HEAD_SETTINGS, SETTINGS, UNOPTIMIZED, create, described
 from stvit_jax.models.stvit import list_models
 
 _TOLERANCE = 1e-9  # of the largest logit, in float64
@@ -87,7 +87,7 @@ def convert(
     found = dataclasses.replace(found, image_size=image_size or found.image_size)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(found.variables["params"]))
     say(
-        f"found      {_called(found.settings)}, {found.settings['num_classes']} classes, "
+        f"found      {described(found.settings)}, {found.settings['num_classes']} classes, "
         f"{parameters:,} parameters, {'moving average' if ema else 'raw weights'}"
     )
     for note in found.notes:
@@ -153,11 +153,6 @@ def compare(before: weights.Weights, after: weights.Weights) -> str:
     if not difference <= _TOLERANCE * largest:
         raise UserError(f"{report}: they do not agree")
     return report
-
-
-def _called(settings: dict[str, Any]) -> str:
-    head, channels = (settings.get(field) for field in HEAD_SETTINGS)
-    return f"{head} of {channels} channels on {settings['name']}" if head else settings["name"]
 
 
 def sha256(path: Path) -> str:

@@ -1,7 +1,8 @@
 """A config that leaves the network to the weights it starts from: their settings in its place.
 
-`model.name` "" and `image_size` 0 mean: as `init_from` has it. Once a run has begun, its own
-`config.json` says it, so that the weights may be gone; others can be evaluated there all the same.
+`model.name` "" and `image_size` 0 mean: as `init_from` has it; of a segmenter the head comes with
+the network. Once a run has begun, its own `config.json` says it, so that the weights may be gone;
+others can be evaluated there all the same.
 """
 
 import json
@@ -16,7 +17,7 @@ from stvit_jax.checkpoints.pretrained import usual_size
 from stvit_jax.console import say
 from stvit_jax.errors import UserError
 from stvit_jax.evaluator import read_alike
-from stvit_jax.models.settings import SETTINGS
+from stvit_jax.models.settings import HEAD_SETTINGS, SETTINGS, described
 from stvit_jax.training import workdir
 
 
@@ -39,12 +40,14 @@ def as_weights_have_it(config: ConfigDict, where: Path | None) -> ConfigDict:
         try:
             before = json.loads(text)
             settings, size = before["model"], before["image_size"]
-        except (KeyError, TypeError, ValueError):
+            head = before.get("segmentation", {})
+            settings |= {k: head[k] for k in HEAD_SETTINGS if head.get(k) is not None}
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(f"{where / workdir.CONFIG} cannot be read: bring it back") from None
     elif config.init_from:
         found = fit.identify(read_alike(config.init_from, config.init_from_ema))
         settings, size = found.settings, found.image_size or usual_size(found.settings)
-        say(f"{found.source} is of {settings['name']}, for images of {size} pixels")
+        say(f"{found.source} is of {described(settings)}, for images of {size} pixels")
     else:
         raise UserError(
             "config.init_from is empty, and the network is to be that of the weights: name some "
@@ -60,6 +63,10 @@ def _stated(config: ConfigDict, settings: dict[str, Any], size: int) -> ConfigDi
         config.image_size = config.image_size or size
         if not config.model.name:
             config.model.name = settings["name"]
+            # Its kind has a default, which says nothing of what is wanted: theirs counts.
+            config.segmentation.head = settings.get("head", config.segmentation.head)
+            if config.segmentation.channels is None:
+                config.segmentation.channels = settings.get("channels")
             for field in SETTINGS:
                 # The classes are those of the data; what the command line states stays.
                 value = settings.get(field)

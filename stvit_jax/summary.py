@@ -44,16 +44,19 @@ def summarize(model: STViT | Segmenter, image_size: int | Size) -> list[Row]:
 
 
 def _of_segmenter(model: Segmenter, size: Size) -> list[Row]:
-    images = jax.ShapeDtypeStruct((1, 32, 32, model.backbone.in_chans), "float32")
-    params = jax.eval_shape(model.lazy_init, jax.random.key(0), images)["params"]
+    params = abstract(model)["params"]
     rows, _ = _stem_and_stages(model.backbone, params["backbone"], size, small=0)
     rows.append(("norms", _count(params, *(f"norm_{i}" for i in range(4))), 0))
     pixels, size = [], _halved(_halved(size))
     for _ in range(4):
         pixels.append(math.prod(size))
         size = _halved(size)
+    head = dict(params["decode_head"])
+    if "neck" in head:  # as mmsegmentation has it, beside the head
+        neck = {"neck": head.pop("neck")}
+        rows.append(("neck", _count(neck, "neck"), _neck_macs(model, pixels)))
     macs = _upernet_macs if model.kind == "upernet" else _fpn_macs
-    rows.append((model.kind, _count(params, "decode_head"), macs(model, pixels)))
+    rows.append((model.kind, _count(head, *head), macs(model, pixels)))
     rows.insert(0, _total(rows))
     if "auxiliary_head" in params:
         rows.append(("auxiliary", _count(params, "auxiliary_head"), _auxiliary_macs(model, pixels)))
@@ -126,11 +129,16 @@ def _upernet_macs(model: Segmenter, pixels: list[int]) -> int:
     return macs + pixels[0] * (9 * 4 * d * d + d * model.num_classes)
 
 
+def _neck_macs(model: Segmenter, pixels: list[int]) -> int:
+    neck, widths = 2 * model.channels, model.backbone.embed_dim
+    return sum(n * (c * neck + 9 * neck * neck) for n, c in zip(pixels, widths, strict=True))
+
+
 def _fpn_macs(model: Segmenter, pixels: list[int]) -> int:
     d, neck = model.channels, 2 * model.channels
     macs = pixels[0] * d * model.num_classes
-    for i, (n, c) in enumerate(zip(pixels, model.backbone.embed_dim, strict=True)):
-        macs += n * (c * neck + 9 * neck * neck) + n * 9 * neck * d
+    for i, n in enumerate(pixels):
+        macs += n * 9 * neck * d
         macs += sum(n * 4**j * 9 * d * d for j in range(1, i))  # each after an enlargement
     return macs
 

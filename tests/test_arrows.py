@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from stvit_jax.tasks import TASKS
+
 PACKAGE = Path(__file__).parents[1] / "stvit_jax"
 GROUND = {"errors", "console", "trees", "parallel", "programs", "places", "cluster"}
 HALL = {"run", "following", "trainer", "evaluator", "plans", "config", "command_line"}
@@ -95,6 +97,9 @@ LIBRARIES = {
 # Loader workers and command lines import these: no JAX when they are imported.
 LIGHT = GROUND | {"config", "command_line", "data", "training.signals"}
 LIGHT |= {"torch_weights", "torch_heads", "torch_rules"}
+# Where it is known that there are several tasks, and which.
+OF_TASKS = {"config", "validation", "recipes", "tasks"}
+CONFIGS = {"config", "c"}  # what configs are called
 
 
 def rooms() -> Iterator[tuple[str, Path]]:
@@ -163,3 +168,50 @@ def test_a_wrong_import_is_found(room: str, line: str, tmp_path: Path) -> None:
     path = tmp_path / "room.py"
     path.write_text(f"{line}\n")
     assert len(violations(iter([(room, path)]))) == 1
+
+
+def told_apart(package: Iterator[tuple[str, Path]]) -> list[str]:
+    """Where `config.task` is read, or something compared with a task's name, outside of OF_TASKS.
+
+    A section of the config may have the name of a task.
+    """
+    found = []
+    for room, path in package:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                holder = ast.unparse(node.value).split(".")[-1].strip("_")
+                wrong = node.attr == "task" and holder in CONFIGS
+            elif isinstance(node, ast.Compare | ast.match_case):
+                inside = (n for n in ast.walk(node) if isinstance(n, ast.Constant))
+                wrong = any(n.value in TASKS for n in inside if isinstance(n.value, str))
+            else:
+                wrong = isinstance(node, ast.Constant) and node.value == "task"
+            if wrong and not within(room, OF_TASKS):
+                found.append(f"{path.name}: {room} must not tell tasks apart: {ast.unparse(node)}")
+    return found
+
+
+def test_tasks_are_told_apart_in_their_room_only() -> None:
+    assert not told_apart(rooms())
+
+
+@pytest.mark.parametrize(
+    "room, line, expected",
+    [
+        ("training.loop", "if config.task == 1: pass", 1),
+        ("trainer", "def f(self): return self._config.task", 1),
+        ("evaluator", "f = lambda c: c.task != 'segmentation'", 2),
+        ("run", "x = getattr(config, 'task')", 1),
+        ("plans", "if kind in ('segmentation', 'x'): pass", 1),
+        ("plans", "match kind:\n  case 'segmentation': pass", 1),
+        ("following", "before['segmentation']['head']", 0),
+        ("trainer", "def f(self): return self._task.train", 0),
+        ("tasks.segmentation", "config.task", 0),
+    ],
+)
+def test_who_tells_tasks_apart_is_found(
+    room: str, line: str, expected: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "room.py"
+    path.write_text(f"{line}\n")
+    assert len(told_apart(iter([(room, path)]))) == expected

@@ -116,6 +116,7 @@ def test_segmentation_s_recipes_are_the_papers(name, rate):
         ("gradient_accumulation", 2, "segmentation has no such thing: 1"),
         ("freeze_batch_norm", True, "set config.segmentation.freeze_bn=True"),
         ("data.source", "folder", "it must be one of tfds, folder, fake (config.task=classif"),
+        ("data.source", "tfds", "the labels of its scene_parse150 are instances of 100 classes,"),
         ("total_steps", 0, "config.schedule=poly needs its length"),
         ("segmentation.scale_range", (2.0, 0.5), "write the least and the largest"),
         ("segmentation.test", "half", "it must be one of whole, slide"),

@@ -120,6 +120,12 @@ def of(model: Network, name: str) -> Settings:
     return {"name": name, **settings}
 
 
+def described(settings: Settings) -> str:
+    """What a network is called, in words: the variant and, of a segmenter, the head."""
+    head, channels = (settings.get(field) for field in HEAD_SETTINGS)
+    return f"{head} of {channels} channels on {settings['name']}" if head else settings["name"]
+
+
 def backbone(model: Network) -> STViT:
     """The STViT that a network is, or has."""
     return model.backbone if isinstance(model, Segmenter) else model

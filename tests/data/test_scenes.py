@@ -87,9 +87,6 @@ def test_a_folder_with_classes_of_its_own(root: Path) -> None:
 
 
 def test_what_is_no_set_of_scenes(root: Path) -> None:
-    assert "instances of 100 classes, not the 150 classes; set data.source=ade20k" in refusal(
-        "", "tfds"
-    )
     assert "'folder' is unknown for segmentation: use 'ade20k'" in refusal(root, "folder")
     assert "data.dir is empty: data.source=ade20k needs data.dir with ADE" in refusal("")
     assert "nowhere does not exist: correct it" in refusal(root / "nowhere")

@@ -101,12 +101,6 @@ def open_scenes(source: str, data_dir: str, *, train: bool) -> SceneSource | Fak
       UserError: there is no such set, it has not this layout, a file has no partner, or annotations
         are not what they should be.
     """
-    if source == "tfds":
-        raise UserError(
-            "data.source=tfds has no scenes to segment: scene_parse150 of tfds labels instances of "
-            f"100 classes, not the 150 classes; set data.source=ade20k and data.dir to {ADE20K} "
-            f"({_ADDRESS})"
-        )
     if source == "fake":
         return FakeScenes(SCENES[train])
     if source == "ade20k":
