@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,7 +18,7 @@ import safetensors.numpy
 from PIL import Image
 
 import stvit_jax
-from stvit_jax import command_line, predict
+from stvit_jax import command_line, console, predict
 from stvit_jax.checkpoints import weights
 from stvit_jax.checkpoints.trained import load_trained
 from stvit_jax.data import eval_image, normalize
@@ -83,6 +85,16 @@ def run(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess
 def rows(capsys: pytest.CaptureFixture, *arguments: str | Path) -> list[dict]:
     assert predict.main([*map(str, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+def test_progress_on_many_says_what_time_is_left(
+    network: Path, pictures: Path, monkeypatch, capsys
+) -> None:
+    clock = itertools.count(100, 4)  # seconds, four later whenever it is read
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    predict.main(["--weights", str(network), str(pictures)])
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("predicting: ")]
+    assert lines == ["predicting: 3/5, 0:00:08 left"]
 
 
 def test_a_folder_as_json_is_what_the_network_says(network: Path, pictures: Path) -> None:
