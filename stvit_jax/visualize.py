@@ -12,6 +12,7 @@ resized to that.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,10 +30,12 @@ from stvit_jax.data.class_lists import of_network
 from stvit_jax.data.normalization import normalize
 from stvit_jax.errors import UserError, reason
 from stvit_jax.models.settings import backbone
+from stvit_jax.models.stvit import STViT
 from stvit_jax.ops import association as maps
 
 STRONGEST = 3  # super tokens of the chosen pixel that are shown
 LARGEST = 2048  # pixels of a side
+MOST_BYTES = 1 << 30  # of the attention of a block
 NAMED = 12  # classes, the largest, in a figure
 HEAT = "inferno"
 _ORDINALS = ("strongest", "second", "third")
@@ -283,6 +286,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{known.image} would be seen at {width} x {height} pixels, and sides are at most "
             f"{LARGEST}: give a smaller --image-size, or --image-size HxW"
         )
+    if (needed := _attention_bytes(backbone(trained.model), height, width)) > MOST_BYTES:
+        raise UserError(
+            f"at {width} x {height} pixels the attention of one block takes {needed / 2**30:.1f} "
+            f"GiB, more than {MOST_BYTES >> 30}: give a smaller --image-size"
+        )
     y, x = at[::-1] or (height // 2, width // 2)
     if not (0 <= y < height and 0 <= x < width):
         raise UserError(f"--at {known.at} is outside of the image of {width} x {height} pixels")
@@ -290,6 +298,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows += panels(look(trained, image), image, (y, x))
     figures.save(draw(rows, image, (y, x)), output)
     say(f"{output}: {trained.source} at {width} x {height} pixels, pixel {x},{y}")
+
+
+def _attention_bytes(network: STViT, height: int, width: int) -> int:
+    """Of the largest that `look` keeps, heads x N x N in float32."""
+    largest = 0
+    for i, (cell, heads) in enumerate(zip(network.stoken_size, network.num_heads, strict=True)):
+        sides = (-(-side // (4 * 2**i)) for side in (height, width))  # strides round up
+        tokens = math.prod(-(-side // cell) for side in sides)
+        largest = max(largest, 4 * heads * tokens**2)
+    return largest
 
 
 def _numbers(flag: str, text: str | None, between: str, least: int, most: int) -> tuple[int, ...]:

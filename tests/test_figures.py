@@ -116,6 +116,7 @@ def test_mistakes_are_one_line(folder: Path, network: Path, tmp_path: Path) -> N
         ((image, "--output", tmp_path / "x.png", "--at", "64,3"), "outside of the image of 64 x"),
         ((image, "--output", tmp_path / "x.png", "--image-size", "9y9"), "write N or NxM"),
         ((image, "--output", tmp_path / "x.png", "--image-size", "9999"), "1 to 2048"),
+        ((image, "--output", tmp_path / "x.png", "--image-size", "2048"), "takes 2.0 GiB, more"),
         ((tmp_path / "no.jpg", "--output", tmp_path / "x.png"), "no.jpg is no image"),
         ((tmp_path / "nowhere", "--output", tmp_path / "x.png"), "cannot be read"),
     ):
