@@ -187,7 +187,7 @@ def test_a_workdir_that_is_not_shared_is_named(start, tmp_path) -> None:
     assert "compiled" not in run.output
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_other_data_on_one_host_are_refused(start, digits_dir, tmp_path) -> None:
     own = {1: ["--config.data.source=fake", "--config.data.dir="]}
     run = start(2, tmp_path / "run", own=own)
@@ -196,7 +196,7 @@ def test_other_data_on_one_host_are_refused(start, digits_dir, tmp_path) -> None
     assert "process 1: the data here are others than those of process 0" in told and not silent
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_what_only_one_process_gets_wrong_ends_all(start, tmp_path) -> None:
     own = {1: ["--config.data.dir=/nowhere", "--config.data.source=folder"]}
     run = start(2, tmp_path / "run", own=own)

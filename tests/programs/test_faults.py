@@ -148,7 +148,7 @@ def command_of(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_a_run_under_nohup_outlives_its_terminal(start, folders, tmp_path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited
     try:
@@ -188,7 +188,7 @@ def test_a_log_without_room_ends_nothing(start, folders, tmp_path) -> None:
     assert (tmp_path / "checkpoints" / "4").is_dir()
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_a_console_that_lacks_a_letter_ends_nothing(start, tmp_path) -> None:
     folders = write_folders(tmp_path / "data", ("pâté", "寿司", "cake"))
     (folders / "val" / "寿司" / "00.png").write_bytes(b"no image")
@@ -248,7 +248,7 @@ def test_labels_keep_their_meaning(start, folders, trained, tmp_path) -> None:
     assert metrics(workdir)[-1]["eval/top1"] == accuracy
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_a_head_of_the_same_classes_in_another_order_is_put_right(
     start, folders, trained, tmp_path
 ) -> None:

@@ -99,7 +99,7 @@ def test_starts_from_weights_raw_or_averaged(start, straight, tmp_path):
     assert measure.read_text().count("stablehlo.rsqrt") == 2
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_a_run_of_a_version_that_kept_no_state_of_evaluations_goes_on(start, straight, tmp_path):
     program = start(tmp_path, "--config.steps=25")
     assert program.wait() == 0, program.output

@@ -24,7 +24,7 @@ from tests.mini_sets import picture
 from tests.program import STEPS, WORKER, assert_equal_runs, digests, metrics, values
 from tests.records import Corrupted
 
-SLOW, DOCS = pytest.mark.slow, pytest.mark.docs
+SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("run", [0, *(pytest.param(i, marks=SLOW) for i in range(1, 9))])
@@ -50,7 +50,7 @@ def test_r1_stopped_at_random_steps_ends_with_the_same_bits(start, straight, tmp
     assert_equal_runs(tmp_path, straight)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=DOCS)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=SLOW)])
 def test_r2_a_signal_before_the_first_step_ends_at_once(start, tmp_path, number):
     program = start(tmp_path, WORKER, JAX_COMPILATION_CACHE_DIR="")
     program.read_until("stvit_tiny on 1 x cpu")  # from here it creates and compiles for a while
@@ -236,7 +236,7 @@ def test_r7_eight_devices_give_the_losses_of_one(start, straight, tmp_path):
         assert eight[step] == pytest.approx(one[step], rel=1e-5), step
 
 
-@pytest.mark.parametrize("batch_size, devices", [pytest.param(100, 1, marks=DOCS), (104, 8)])
+@pytest.mark.parametrize("batch_size, devices", [pytest.param(100, 1, marks=SLOW), (104, 8)])
 def test_r11_evaluation_alone_gives_the_same_counts_for_any_batch_size_and_device_count(
     start, straight, tmp_path, batch_size, devices
 ):
@@ -300,7 +300,7 @@ def test_r8_skipped_it_goes_on_from_the_last_good_state(start, tmp_path):
     assert digests(tmp_path / "killed", 12) == digests(tmp_path / "run", 12)
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_r8_after_three_skips_it_ends(start, tmp_path):
     flags = ("--config.learning_rate=1e30", "--config.warmup_learning_rate=1e30")
     program = start(tmp_path, *EXPLODES[:2], *flags, "--config.on_nonfinite=skip")

@@ -68,7 +68,7 @@ def test_r13_a_second_run_on_a_workdir_is_refused_and_the_first_goes_on(start, s
     assert_equal_runs(tmp_path, straight)
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_r13_the_same_job_takes_over_at_once_after_a_kill(start, tmp_path):
     program = start(tmp_path, *LONG)
     program.read_until("step 2/")
