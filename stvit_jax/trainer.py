@@ -289,9 +289,11 @@ class Trainer:
         config, task = self._config, self._task
         create = partial(init_state, task.init, self._plans.tx, ema=config.ema_decay > 0)
         key, whole = jax.random.key(config.seed), parallel.replicated(self._mesh)
+        options = UNOPTIMIZED if jax.default_backend() == "cpu" else None
+        make = jax.jit(lambda key: create(key=key), out_shardings=whole, compiler_options=options)
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-            jax.eval_shape(lambda key: create(key=key), key),
+            make.eval_shape(key),  # traced once for both
         )
         if restored := self._checkpoints.restore_newest(abstract):
             step, state, notes = restored
@@ -299,8 +301,6 @@ class Trainer:
             return state, notes
         path, ema = config.init_from, config.init_from_ema
         found = read_alike(path, ema) if path else None
-        options = UNOPTIMIZED if jax.default_backend() == "cpu" else None
-        make = jax.jit(lambda key: create(key=key), out_shardings=whole, compiler_options=options)
         state = make(key)
         if found is None:
             return state, {}

@@ -66,6 +66,7 @@ def test_mistakes_of_embed_are_one_line(straight: Path, tmp_path: Path, argument
         embed.main(flags)
 
 
+@pytest.mark.slow
 def test_dense_learns(tmp_path: Path) -> None:
     said = run("-m", "examples.dense", "--output", tmp_path / "dense.png", "--steps", 300)
     assert float(said.split(";")[-1].split("%")[0]) > 93
