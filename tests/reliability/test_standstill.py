@@ -134,7 +134,6 @@ def test_r13_a_run_that_another_one_has_taken_over_ends(start, tmp_path):
     assert json.loads((tmp_path / "owner.json").read_text())["host"] == "another-host"
 
 
-@pytest.mark.docs
 def test_r9_a_stuck_process_ends_the_others(digits_dir, tmp_path):
     flags = (*NARROW, f"--config.data.dir={digits_dir}", "--config.batch_size=64")
     more = ("--config.data.workers=0", "--config.log_every=1", IMPATIENT)
