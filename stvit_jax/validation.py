@@ -57,14 +57,9 @@ _LOCAL = (
 )
 
 _SCENE_PARSE = (
-    "its labels in tfds are instances of 100 classes, not the 150 classes of pixels: get "
-    "ADEChallengeData2016, and set config.task=segmentation, config.data.source=ade20k and "
-    "config.data.dir"
-)
-_NO_SCENES = (
-    "it has no scenes to segment, the labels of its scene_parse150 are instances of 100 classes, "
-    "not the 150 classes of pixels: get ADEChallengeData2016, and set config.data.source=ade20k "
-    "and config.data.dir"
+    "tfds has no scenes to segment, the labels of its scene_parse150 are instances of 100 classes, "
+    "not the 150 classes of pixels: get ADEChallengeData2016, and set config.task=segmentation, "
+    "config.data.source=ade20k and config.data.dir"
 )
 
 IMAGES = ("tfds", "folder", "fake")
@@ -155,7 +150,7 @@ CHECKS: tuple[Check, ...] = (
     _one_of("dtype", "bfloat16", "float32", "float64"),
     _one_of("kernels", "auto", "plain"),
     Check("data.name", lambda v, _: not v.startswith("scene_parse150"), _SCENE_PARSE),
-    Check("data.source", lambda v, c: (v, c.task) != ("tfds", "segmentation"), _NO_SCENES),
+    Check("data.source", lambda v, c: (v, c.task) != ("tfds", "segmentation"), _SCENE_PARSE),
     _fits_task("data.source", classification=IMAGES, segmentation=SCENES),
     Check("data.dir", _is_local, _LOCAL),
     *SEGMENTATION,

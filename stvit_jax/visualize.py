@@ -96,7 +96,7 @@ def look(trained: Trained, image: np.ndarray) -> list[list[Block]]:
     of_stages = jax.jit(sown)(variables, image)
     stages = []
     for i, depth in enumerate(network.depths):
-        size = tuple(-(-side // (4 * 2**i)) for side in image.shape[:2])  # strides round up
+        size = _map_size(i, *image.shape[:2])
         blocks = [of_stages[f"layers_{i}"][f"blocks_{j}"]["attn"] for j in range(depth)]
         stages.append(
             [
@@ -300,12 +300,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(f"{output}: {trained.source} at {width} x {height} pixels, pixel {x},{y}")
 
 
+def _map_size(stage: int, height: int, width: int) -> tuple[int, int]:
+    """Height and width of a stage's map; strides round up."""
+    stride = 4 * 2**stage
+    return -(-height // stride), -(-width // stride)
+
+
 def _attention_bytes(network: STViT, height: int, width: int) -> int:
     """Of the largest that `look` keeps, heads x N x N in float32."""
     largest = 0
     for i, (cell, heads) in enumerate(zip(network.stoken_size, network.num_heads, strict=True)):
-        sides = (-(-side // (4 * 2**i)) for side in (height, width))  # strides round up
-        tokens = math.prod(-(-side // cell) for side in sides)
+        tokens = math.prod(-(-side // cell) for side in _map_size(i, height, width))
         largest = max(largest, 4 * heads * tokens**2)
     return largest
 

@@ -39,7 +39,7 @@ from stvit_jax.errors import UserError
             "give a path on this machine, gs://BUCKET/PATH or hf_hub:OWNER/NAME",
         ),
         ("task", "regression", "config.task is 'regression': it must be one of classification"),
-        ("data.name", "scene_parse150", "its labels in tfds are instances of 100 classes"),
+        ("data.name", "scene_parse150", "the labels of its scene_parse150 are instances of 100"),
         ("schedule", "linear", "config.schedule is 'linear': it must be one of cosine, poly"),
         ("seed", 2**32, "config.seed is 4294967296: it must be less than 2**32"),
         ("gradient_clip", -1.0, "config.gradient_clip is -1.0: it must be finite and at least 0"),
