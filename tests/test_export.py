@@ -141,6 +141,7 @@ def test_the_example_in_an_environment_of_jax_numpy_and_pillow(
     assert_example_agrees(done.stdout, network, pictures, capsys)
 
 
+@pytest.mark.docs
 def test_an_onnx_model_by_onnxruntime(network: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "narrow.onnx"
     export.main(["--weights", str(network), "--output", str(output)])
@@ -162,6 +163,7 @@ def test_onnx_without_its_package_names_it(network: Path, tmp_path: Path, monkey
         export.main(["--weights", str(network), "--output", str(tmp_path / "x.onnx")])
 
 
+@pytest.mark.slow
 def test_a_small_picture_is_resized_whole(network: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "a.jpg").write_bytes(picture(0, (90, 70)))
     output, size = tmp_path / "32.zip", ["--image-size", "32"]

@@ -53,6 +53,7 @@ def network(folder: Path, random_variables) -> Path:
     return path
 
 
+@pytest.mark.docs
 def test_visualize_draws_every_block_over_the_image(folder: Path, network: Path) -> None:
     output = folder / "look.png"
     arguments = ("--weights", network, folder / "flower.jpg", "--output", output)
@@ -83,7 +84,7 @@ def test_visualize_takes_the_pixel_as_x_and_y(
     assert capsys.readouterr().out.endswith("at 83 x 50 pixels, pixel 80,3\n")
 
 
-@pytest.mark.parametrize("size", [(64,), (50, 83)], ids=str)
+@pytest.mark.parametrize("size", [pytest.param((64,), marks=pytest.mark.slow), (50, 83)], ids=str)
 def test_panels_are_what_the_network_computed(folder: Path, network: Path, size) -> None:
     """On grids that are no squares and that cells do not divide, at a corner."""
     trained = load_trained(network, kernels="plain")

@@ -78,7 +78,11 @@ def test_a_training_step_learns_the_same_on_both_sides(narrow) -> None:
 # In training `torch.compile` leaves the network as it is, in inference it finds no compiler: both
 # are what a user may have, and take less time than compiling.
 @pytest.mark.parametrize(
-    "mode, environment", [("train", "TORCHDYNAMO_DISABLE=1"), ("infer", "CXX=no-compiler")]
+    "mode, environment",
+    [
+        pytest.param("train", "TORCHDYNAMO_DISABLE=1", marks=pytest.mark.slow),
+        pytest.param("infer", "CXX=no-compiler", marks=pytest.mark.docs),
+    ],
 )
 def test_the_command_without_tensorflow(mode: str, environment: str, tmp_path: Path) -> None:
     """All of it at its smallest, and one round."""

@@ -78,6 +78,7 @@ def test_the_table_is_complete_and_stages_are_the_network_s() -> None:
     assert OPS["downsample"].shapes(stages[-1]) is None
 
 
+@pytest.mark.docs
 def test_the_command(tmp_path: Path) -> None:
     rows = tmp_path / "rows.json"
     command = [sys.executable, "-m", "benchmarks.ops", "--ops", "depthwise,downsample"]

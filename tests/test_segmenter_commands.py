@@ -161,6 +161,7 @@ def test_annotations_are_written_as_they_are_read() -> None:
         assert image.mode == "P" and image.getpixel((0, 0)) == 1
 
 
+@pytest.mark.docs
 def test_visualize_shows_the_answer_and_the_backbone(network, pictures, tmp_path, capsys) -> None:
     image, output = pictures / "A.png", tmp_path / "look.png"
     arguments = ["--weights", str(network), str(image), "--output", str(output)]
@@ -197,6 +198,7 @@ def test_an_onnx_model_of_a_segmenter(network, tmp_path, capsys) -> None:
     assert logits.shape == (2, SIDE, SIDE, len(NAMES))
 
 
+@pytest.mark.docs
 def test_a_program_of_a_segmenter_runs_without_this_package(
     network, pictures, tmp_path, capsys
 ) -> None:

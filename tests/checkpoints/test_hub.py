@@ -89,6 +89,7 @@ for address in sys.argv[1:]:
     return lines
 
 
+@pytest.mark.docs
 def test_the_cache_serves_where_no_hub_is_reached(home):
     found, missing = run(home, NOWHERE, "hf_hub:owner/net", "hf_hub:owner/none")
     assert found == f"[1, 1, 1, 1] new 0 224 {COMMIT}"

@@ -329,7 +329,12 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(
     ("how", "workers"),
-    [("stop", 2), ("hang", 1), ("hang at once", 2), ("hang", 0)],
+    [
+        ("stop", 2),
+        pytest.param("hang", 1, marks=pytest.mark.slow),
+        pytest.param("hang at once", 2, marks=pytest.mark.slow),
+        ("hang", 0),
+    ],
 )
 def test_data_that_hang_are_left(digits_dir: Path, tmp_path: Path, how: str, workers: int) -> None:
     """A worker that somebody stopped, and one that waits for ever."""

@@ -62,7 +62,9 @@ def tiny(random_variables):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("settings", [{}, ODD], ids=["tiny", "odd"])
+@pytest.mark.parametrize(
+    "settings", [pytest.param({}, marks=pytest.mark.slow), ODD], ids=["tiny", "odd"]
+)
 def test_equals_the_network_in_float64(settings, random_variables):
     model = stvit_jax.create_model("stvit_tiny", dtype=jnp.float64, **settings)
     variables = in_dtype(random_variables(model), np.float64)
@@ -95,7 +97,9 @@ def test_equals_the_published_numbers(name, size, data_dir, golden_state):
     assert_close(ours, {name: golden[f"{height}x{width}/{name}"] for name in names}, 1e-9)
 
 
-@pytest.mark.parametrize("settings", [{}, ODD], ids=["tiny", "odd"])
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param(ODD, marks=pytest.mark.slow)], ids=["tiny", "odd"]
+)
 def test_equals_the_network_in_float32(settings, random_variables):
     model = stvit_jax.create_model("stvit_tiny", **settings)
     variables = random_variables(model)
@@ -105,6 +109,7 @@ def test_equals_the_network_in_float32(settings, random_variables):
     assert_close(outputs(folded, fewer, x), outputs(model, variables, x), 1e-5)
 
 
+@pytest.mark.docs
 def test_in_bfloat16_it_is_as_close_to_the_exact_logits_as_the_network(tiny):
     model, variables = tiny
     x = batch(32, 32, jnp.float32)

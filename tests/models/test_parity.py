@@ -87,7 +87,7 @@ slow = pytest.mark.slow
     "name, dtype, tolerance",
     [
         ("stvit_small", "float64", TOLERANCE),
-        ("stvit_small", "float32", 1e-5),
+        pytest.param("stvit_small", "float32", 1e-5, marks=slow),
         pytest.param("stvit_base", "float64", TOLERANCE, marks=slow),
         pytest.param("stvit_base", "float32", 1e-5, marks=slow),
         pytest.param("stvit_large", "float64", TOLERANCE, marks=slow),

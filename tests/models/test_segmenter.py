@@ -156,6 +156,7 @@ def test_what_is_missing_or_too_much_is_listed(wrong, lists):
     assert "unexpected: backbone.head.bias;" in str(caught.value) and lists in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_frozen_batch_norm_and_remat(random_variables):
     """Dropping is drawn again when blocks are computed again; only the backbone's norms freeze."""

@@ -221,6 +221,7 @@ def test_bfloat16_stays_on_the_residual_stream_and_logits_are_wide(tiny):
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float32"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_forward_mode_and_hessian_vector_products_agree_with_reverse_mode(random_variables):
     two_stages = dict(

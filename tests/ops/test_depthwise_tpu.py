@@ -20,7 +20,8 @@ SHAPES = [
     (128, 3, 4, 96),  # images on the lanes
     (128, 1, 1, 320),  # nothing but borders
     (256, 2, 3, 64),
-    (128, 2, 48, 192),  # blocks of some of the channels
+    # blocks of some of the channels
+    pytest.param((128, 2, 48, 192), marks=pytest.mark.slow),
 ]
 
 

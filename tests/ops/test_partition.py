@@ -45,7 +45,7 @@ print(len(re.findall(r" all-reduce(?:-start)?[(]", text)), "sums over devices")
 """
 
 
-@pytest.mark.parametrize("images", [128, 24, 8])
+@pytest.mark.parametrize("images", [128, 24, pytest.param(8, marks=pytest.mark.slow)])
 def test_each_of_eight_devices_computes_its_own_images(images):
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(

@@ -86,6 +86,7 @@ def one_error(program: Program, timeout: float = 300) -> str:
     return line
 
 
+@pytest.mark.docs
 def test_a_run_that_was_stopped_is_bit_equal_to_one_on_a_disk(
     stopped_and_continued, straight, emulator
 ) -> None:
@@ -159,7 +160,7 @@ def convert(emulator: Emulator, *pairs: tuple[str, str]) -> None:
         assert f"input      {source}" in done.stdout and f"output     {output}\n" in done.stdout
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_damaged_and_unfinished_checkpoints_are_named_and_the_one_before_used(
     in_bucket, straight, emulator
 ) -> None:
@@ -190,7 +191,7 @@ def test_damaged_and_unfinished_checkpoints_are_named_and_the_one_before_used(
     assert_equal_runs(emulator.path(workdir), straight)
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_a_storage_that_hangs_is_named_and_the_run_ends(in_bucket, emulator) -> None:
     """R14: it takes what is saved, and never answers."""
     flags = ("--config.stall_after=6", "--config.checkpoint_every=5")
@@ -241,7 +242,7 @@ def test_a_bucket_that_is_not_there_is_one_line_at_once(in_bucket, field, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_a_storage_that_does_not_answer_is_one_line_within_a_minute(unanswered) -> None:
     """Nobody listens; and somebody who takes requests and never answers."""
     for (program, words), limit in zip(unanswered, (50, 75), strict=True):
@@ -250,7 +251,7 @@ def test_a_storage_that_does_not_answer_is_one_line_within_a_minute(unanswered) 
         assert "is there a network" in error and "compiled" not in program.output
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_without_gcsfs_the_package_is_named(in_bucket, tmp_path) -> None:
     (tmp_path / "gcsfs.py").write_text("raise ImportError('No module named gcsfs')\n")
     shutil.copytree(on_disk.WITHOUT_TENSORFLOW["PYTHONPATH"], tmp_path, dirs_exist_ok=True)

@@ -89,6 +89,7 @@ def assert_same_losses(workdir: Path, alone: Path) -> None:
         assert last[key] == wanted[key], key
 
 
+@pytest.mark.usefixtures("astray")  # these begin to wait
 def test_two_processes_are_one_run(start, alone, tmp_path) -> None:
     run = start(2, tmp_path / "run")
     assert run.wait() == [0, 0], run.output
@@ -136,8 +137,7 @@ def errors(run: Processes) -> list[list[str]]:
     ]
 
 
-@pytest.mark.docs
-@pytest.mark.usefixtures("astray")  # these begin to wait
+@pytest.mark.slow
 def test_a_fault_of_the_data_of_one_process_costs_no_step(
     start, alone, digits_dir, tmp_path
 ) -> None:
@@ -160,7 +160,7 @@ def test_a_fault_of_the_data_of_one_process_costs_no_step(
         assert found[step] == pytest.approx(expected[step], rel=1e-5)
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_a_save_that_fails_in_one_process_fails_in_all_and_ends_nothing(
     start, alone, tmp_path
 ) -> None:
@@ -177,7 +177,7 @@ def test_a_save_that_fails_in_one_process_fails_in_all_and_ends_nothing(
     assert_same_losses(workdir, alone)
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_a_workdir_that_is_not_shared_is_named(start, tmp_path) -> None:
     own = {1: [f"--workdir={tmp_path / 'other'}"]}
     run = start(2, tmp_path / "run", own=own)
@@ -206,7 +206,7 @@ def test_what_only_one_process_gets_wrong_ends_all(start, tmp_path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_evaluation_alone_by_two_processes(start, alone, tmp_path) -> None:
     flags = ("--config.eval_only=True", f"--config.init_from={alone}")
     run = start(2, tmp_path / "run", *flags)
@@ -216,7 +216,7 @@ def test_evaluation_alone_by_two_processes(start, alone, tmp_path) -> None:
         assert line[key] == metrics(alone)[-1][key]
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_two_processes_start_from_weights_that_both_see(start, alone, tmp_path) -> None:
     run = start(2, tmp_path / "run", "--config.steps=2", f"--config.init_from={alone}")
     assert run.wait() == [0, 0], run.output
@@ -230,7 +230,7 @@ def test_two_processes_start_from_weights_that_both_see(start, alone, tmp_path) 
     assert "is a file, or nothing here, and of a run in process 0: share it" in told and not silent
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_two_processes_are_taught_as_one(flags, start, alone, compiled, tmp_path) -> None:
     taught = f"--config.teacher.init_from={alone}", "--config.teacher.kind=hard"
     more = (*taught, "--config.steps=3", "--config.seed=7")

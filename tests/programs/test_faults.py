@@ -112,7 +112,7 @@ def one_error(program: Program) -> str:
     return line
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -130,6 +130,7 @@ def test_every_signal_that_asks_to_stop_saves(start, folders, tmp_path, name) ->
     assert f"stopped at step {saved.name} of 30000, saved" in program.output
 
 
+@pytest.mark.docs
 def test_data_that_hang_do_not_keep_a_run_from_stopping(start, folders, tmp_path) -> None:
     program = start(tmp_path, folders, *ENDLESS, "--config.data.workers=1")
     program.read_until(r"step 4/")
@@ -161,7 +162,7 @@ def test_a_run_under_nohup_outlives_its_terminal(start, folders, tmp_path) -> No
     assert "done: step 100 of 100" in program.output
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_nobody_reads_the_console_any_more(flags, compiled, folders, tmp_path) -> None:
     """As `train.py | head -1` and `train.py > /dev/full`."""
     for where in ("| head -1", "> /dev/full"):
@@ -180,6 +181,7 @@ def test_nobody_reads_the_console_any_more(flags, compiled, folders, tmp_path) -
         assert (workdir / "checkpoints" / "4").is_dir() and 4 in values(workdir, "eval/top1")
 
 
+@pytest.mark.slow
 def test_a_log_without_room_ends_nothing(start, folders, tmp_path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     program = start(tmp_path, folders)
@@ -197,6 +199,7 @@ def test_a_console_that_lacks_a_letter_ends_nothing(start, tmp_path) -> None:
     assert "\\u5bff\\u53f8/00.png does not decode" in program.output
 
 
+@pytest.mark.slow
 def test_the_result_of_a_workdir_that_may_only_be_read_is_said(
     flags, compiled, folders, trained, tmp_path
 ) -> None:
@@ -262,7 +265,7 @@ def test_a_head_of_the_same_classes_in_another_order_is_put_right(
     assert metrics(workdir)[-1]["eval/top1"] < 0.5
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_a_run_without_its_recipe_is_not_continued(start, folders, trained, tmp_path) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)

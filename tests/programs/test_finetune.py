@@ -100,7 +100,10 @@ def test_a_folder_is_learned(finetune, folder: Path, straight: Path, tmp_path: P
     "flag, learned",
     [
         ("--config.linear_probe=True", ("head/",)),
-        ("--config.freeze_stages=1", ("layers_1/", "proj/", "norm/", "head/")),
+        pytest.param(
+            *("--config.freeze_stages=1", ("layers_1/", "proj/", "norm/", "head/")),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_is_frozen_stays(flag: str, learned, finetune, straight: Path, tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def test_trains_and_evaluates_from_tfds(straight: Path) -> None:
     check_evaluation(straight, STEPS, mini_imagenet.VALIDATION)
 
 
+@pytest.mark.docs
 def test_trains_and_evaluates_from_folders(train, folder_dir: Path, tmp_path: Path) -> None:
     train(
         tmp_path,
@@ -109,6 +110,7 @@ def test_trains_and_evaluates_from_folders(train, folder_dir: Path, tmp_path: Pa
     check_evaluation(tmp_path, 1, len(open_source("folder", "", str(folder_dir), train=False)))
 
 
+@pytest.mark.docs
 def test_resumes_bit_exactly_in_mid_epoch_with_other_workers(
     train, straight: Path, tfds_dir: Path, tmp_path: Path
 ) -> None:
@@ -186,10 +188,14 @@ def test_a_published_command(
     run_published_command(command, published, tfds_dir, compiled, tmp_path)
 
 
-# By default one that evaluates and one that fine-tunes, each of another variant; one that trains is
-# `test_trains_and_evaluates_from_tfds`. With the documentation the other four configs evaluate.
+# With the documentation two that evaluate; one that trains is
+# `test_trains_and_evaluates_from_tfds`. The others are the same programs in another width.
 @pytest.mark.parametrize(
-    "number", [0, 11, *(pytest.param(n, marks=pytest.mark.docs) for n in range(1, 5))]
+    "number",
+    [
+        *(pytest.param(n, marks=pytest.mark.docs) for n in (0, 1)),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 4, 5, 11)),
+    ],
 )
 def test_a_published_command_at_64_pixels(
     published, tfds_dir: Path, compiled: dict[str, str], tmp_path: Path, number: int

@@ -121,6 +121,7 @@ def slurm(tmp_path, digits_dir):
     return start
 
 
+@pytest.mark.docs
 def test_under_slurm_it_stops_is_put_back_and_continues(slurm, tmp_path) -> None:
     flags = ("--config.log_every=1", "--config.batch_size=64", "--config.steps=12")
     job = slurm(2, *flags, "--config.steps=5000", "--config.epochs=300")

@@ -66,6 +66,7 @@ def assert_every_shape_is_compiled_once(output, count):
     assert found == [(str(i + 1), str(count)) for i in range(count)]
 
 
+@pytest.mark.docs
 def test_semantic_fpn_trains_stops_and_goes_on(compiled, tmp_path):
     """From a network for classification; another picture is learned from for a broken one."""
     folder = mini_ade.write(tmp_path / "own", train=8, val=4, sizes=SHAPES[:2])
@@ -183,7 +184,7 @@ def test_a_run_logs_measures_and_reports_every_class(straight):
     assert (straight / "per_class.png").stat().st_size > 5000
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_stopped_while_it_evaluates_a_run_makes_up_for_it(start, straight, stopped, tmp_path):
     workdir = shutil.copytree(stopped, tmp_path / "run")
     program = start(workdir)
@@ -203,7 +204,7 @@ def test_measures_are_the_same_in_every_mode(start, straight, tmp_path):
     assert several["eval/count"] == 4 and several != own
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_two_processes_are_one_run(start, straight, stopped, tmp_path):
     """On four devices each they go on from what one device has saved, and evaluate the same."""
     workdir = shutil.copytree(stopped, tmp_path / "run")

@@ -81,6 +81,7 @@ def test_converted_to_pth_and_back_it_evaluates_to_the_same_counts(start, straig
         assert "eval_ema/top1" not in line  # a file holds one set of weights
 
 
+@pytest.mark.docs
 def test_starts_from_weights_raw_or_averaged(start, straight, tmp_path):
     flags = ("--config.steps=2", f"--config.init_from={straight}", "--config.init_from_ema=True")
     program = start(tmp_path, *flags)
@@ -111,7 +112,7 @@ def test_a_run_of_a_version_that_kept_no_state_of_evaluations_goes_on(start, str
     assert list(values(tmp_path, "eval/top1")) == [22, 25, 30]
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_a_run_with_another_seed_compiles_nothing_anew(start, tmp_path):
     """But for what makes its key, which takes no time. Kept in the user's cache folder."""
     caches = {
@@ -130,6 +131,7 @@ def test_a_run_with_another_seed_compiles_nothing_anew(start, tmp_path):
     assert {name.split("-")[0] for name in kept[1] - kept[0]} == {"jit_key"}
 
 
+@pytest.mark.slow
 def test_trains_where_tensorflow_is_missing(start, straight, tmp_path):
     """Prepares the data, too."""
     workdir = tmp_path / "run"

@@ -61,7 +61,7 @@ def test_r2_a_signal_before_the_first_step_ends_at_once(start, tmp_path, number)
     assert f"{number.name}: stopped before the first step" in program.output
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_r2_an_interrupted_evaluation_is_repeated(start, straight, tmp_path):
     flags = ("--config.batch_size=8", "--config.steps=20")  # 45 batches to evaluate
     program = start(tmp_path, *flags)
@@ -75,6 +75,7 @@ def test_r2_an_interrupted_evaluation_is_repeated(start, straight, tmp_path):
     assert len(values(tmp_path, "train/loss")) == 20
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("kills", [1, pytest.param(50, marks=SLOW)])
 def test_r3_killed_at_random_loses_at_most_one_interval(start, straight, tmp_path, kills):
     """At a random moment after it has begun to train; many times in one run, if it lasts."""
@@ -108,6 +109,7 @@ def newest_checkpoint(workdir: Path) -> int:
     return max((int(path.name) for path in found if path.name.isdecimal()), default=0)
 
 
+@pytest.mark.docs
 def test_r4_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(start, straight, tmp_path):
     program = start(tmp_path, "--config.checkpoint_every=10", "--config.steps=20")
     assert program.wait() == 0, program.output
@@ -149,6 +151,7 @@ def test_r4_any_of_a_hundred_flipped_bits_is_noticed_or_harmless(straight, tmp_p
     assert noticed >= 10  # most bits are of the optimiser and the average, which are not read here
 
 
+@pytest.mark.slow
 def test_r5_a_full_disk_costs_the_saves_of_that_time(start, straight, tmp_path):
     """No file may grow beyond a few kilobytes, then any may again."""
     program = start(tmp_path, "--config.checkpoint_every=5")
@@ -161,7 +164,7 @@ def test_r5_a_full_disk_costs_the_saves_of_that_time(start, straight, tmp_path):
     assert digests(tmp_path, STEPS) == digests(straight, STEPS)
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_r5_three_failed_saves_in_a_row_end_the_run(start, tmp_path):
     program = start(tmp_path, "--config.checkpoint_every=5")
     program.read_until("compiled the training step")
@@ -171,6 +174,7 @@ def test_r5_three_failed_saves_in_a_row_end_the_run(start, tmp_path):
     assert "Traceback" not in program.output
 
 
+@pytest.mark.docs
 def test_r6_unreadable_images_are_counted_until_there_are_too_many(start, tmp_path):
     unreadable = range(0, 160, 20)
     for split, count in (("train", 160), ("val", 20)):
@@ -259,6 +263,7 @@ EXPLODES = (  # a rate of 1e30 in two epochs of two batches; a sane one after th
 )
 
 
+@pytest.mark.docs
 def test_r8_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(start, tmp_path):
     program = start(tmp_path, *EXPLODES, "--config.checkpoint_every=1", "--config.log_every=4")
     assert program.wait() == 1, program.output
@@ -270,7 +275,7 @@ def test_r8_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(start, tmp_p
     assert newest_checkpoint(tmp_path) < 2
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_r8_skipped_it_goes_on_from_the_last_good_state(start, tmp_path):
     flags = (*EXPLODES, "--config.on_nonfinite=skip", "--config.steps=12")
     program = start(tmp_path / "run", *flags)

@@ -25,6 +25,7 @@ def workers_of(program) -> list[int]:
     ]
 
 
+@pytest.mark.docs
 def test_r14_a_loader_that_hangs_is_named_and_the_last_step_saved(start, straight, tmp_path):
     flags = (IMPATIENT, "--config.data.workers=2")
     program = start(tmp_path, *flags, *LONG)
@@ -124,7 +125,7 @@ def test_r13_what_is_no_claim_is_nobodys(tmp_path):
             pass
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_r13_a_run_that_another_one_has_taken_over_ends(start, tmp_path):
     program = start(tmp_path, *LONG)
     program.read_until("step 2/")
@@ -134,6 +135,7 @@ def test_r13_a_run_that_another_one_has_taken_over_ends(start, tmp_path):
     assert json.loads((tmp_path / "owner.json").read_text())["host"] == "another-host"
 
 
+@pytest.mark.docs
 def test_r9_a_stuck_process_ends_the_others(digits_dir, tmp_path):
     flags = (*NARROW, f"--config.data.dir={digits_dir}", "--config.batch_size=64")
     more = ("--config.data.workers=0", "--config.log_every=1", IMPATIENT)

@@ -91,7 +91,7 @@ def test_a_student_goes_on_bit_by_bit_and_notices_another_teacher(start, flags, 
     assert digests(stopped, STEPS) == digests(whole, STEPS)
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_parts_and_devices_learn_the_same(start, flags, tmp_path):
     """In float64: two networks that know little are alike, and their divergence is nearly 0."""
     steps = "--config.steps=3", "--config.group_size=8", "--config.ema_decay=0"
@@ -142,6 +142,7 @@ def taught(random_variables, names=None, classes=10):
     return partial(given.use, found), model, variables
 
 
+@pytest.mark.docs
 def test_the_teacher_is_no_constant_and_its_classes_are_put_in_order(random_variables):
     order = (3, 1, 2, 0, 4, 5, 6, 7, 8, 9)
     use, model, variables = taught(random_variables, tuple(map(str, order)))

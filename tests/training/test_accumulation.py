@@ -121,6 +121,7 @@ def test_a_batch_in_parts_is_learned_as_the_batch_at_once(random_variables) -> N
     assert counts == {2}
 
 
+@pytest.mark.slow
 def test_frozen_statistics_stay_as_they_are_and_bind_no_group(random_variables) -> None:
     """A third of a sum of three is not always the number; frozen statistics must be."""
     prepare, mesh = augmentation(0, devices(1), **MIX_ONLY), devices(1)
@@ -189,6 +190,7 @@ def test_a_part_is_of_whole_groups_of_each_device(
     np.testing.assert_array_equal(np.sort(parts.ravel()), np.arange(16))
 
 
+@pytest.mark.docs
 def test_devices_keep_their_images_and_learn_the_same() -> None:
     """Images stay where a group is of one device; where it is of two, some move."""
     result = subprocess.run(

@@ -96,7 +96,7 @@ def test_a_run_is_followed_by_wandb(start, tmp_path: Path) -> None:
         assert f"{loss}".encode() in content
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_a_service_that_fails_ends_no_run(start, tmp_path: Path) -> None:
     folder = service(tmp_path / "service", "log")
     flags = "--config.steps=3", "--config.logger=trackio"
@@ -108,6 +108,7 @@ def test_a_service_that_fails_ends_no_run(start, tmp_path: Path) -> None:
     assert list(values(tmp_path / "run", "train/loss")) == [1, 2, 3]
 
 
+@pytest.mark.docs
 def test_a_run_is_followed_and_shown(start, tmp_path: Path) -> None:
     """The real program, with TensorBoard, which shows its fields and first inputs."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

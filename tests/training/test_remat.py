@@ -100,6 +100,7 @@ def test_the_program_takes_less_memory(network, images) -> None:
     assert temporaries((0, 1)) < 0.6 * temporaries(())
 
 
+@pytest.mark.docs
 def test_the_network_is_the_same_one(network) -> None:
     """In the names and shapes of its variables, in how it starts, and in what files say of it."""
     (plain, variables), (again, _) = network(()), network((0, 1))

@@ -115,7 +115,11 @@ def train_jax(settings: dict, state: dict[str, np.ndarray], freeze: bool):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("freeze", [False, True], ids=["training", "freeze_batch_norm"])
+@pytest.mark.parametrize(
+    "freeze",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["training", "freeze_batch_norm"],
+)
 def test_ten_steps_end_where_pytorch_ends(freeze, data_dir, golden_state):
     settings = json.loads((data_dir / "tiny_config.json").read_text())
     state = golden_state("tiny")
