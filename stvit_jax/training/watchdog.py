@@ -39,8 +39,11 @@ class Watchdog:
         return self._stalled.is_set() and not cluster.joined()
 
     def start(self) -> None:
-        """What comes before, compilation for example, may last as long as it wants."""
-        self._turned = time.monotonic()
+        """What comes before, compilation for example, may last as long as it wants.
+
+        Nor does it count as a turn: after a compilation of an hour patience would be five.
+        """
+        self._turned, self._slowest = time.monotonic(), 0.0
         if self._patience:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 

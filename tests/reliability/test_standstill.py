@@ -1,5 +1,6 @@
 """R9, R13, R14: nothing waits for ever, and nobody writes where another one does."""
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from stvit_jax.training.owner import Claim, Owner
+from stvit_jax.training.watchdog import Watchdog
 from tests.program import NARROW, Processes, assert_equal_runs
 
 IMPATIENT = "--config.stall_after=6"
@@ -39,6 +41,20 @@ def test_r14_a_loader_that_hangs_is_named_and_the_last_step_saved(start, straigh
     assert "stvit_jax/data/prefetch.py" in program.output  # the stacks
     (step,) = re.findall(r"error: .* Step (\d+) is saved, the same command cont", program.output)
     assert (tmp_path / "checkpoints" / step).is_dir()
+
+
+def test_r14_what_came_before_it_began_is_no_measure(monkeypatch):
+    """Of how long a turn may take: compiling takes longer than any step."""
+    monkeypatch.setattr("stvit_jax.training.signals.end", lambda *_: None)
+    with contextlib.closing(Watchdog(0.5)) as watchdog:
+        time.sleep(3)
+        watchdog.at("the compiler")
+        watchdog.start()
+        watchdog.at("the devices")
+        began = time.monotonic()
+        while not watchdog.stalled:
+            assert time.monotonic() - began < 10  # and not 15
+            time.sleep(0.1)
 
 
 @pytest.mark.slow
