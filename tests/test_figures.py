@@ -66,6 +66,7 @@ def test_visualize_draws_every_block_over_the_image(folder: Path, network: Path)
     assert (pixels(output) != first).any(axis=-1).mean() > 0.01
 
 
+@pytest.mark.docs
 def test_visualize_takes_the_pixel_as_x_and_y(
     folder: Path, network: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:

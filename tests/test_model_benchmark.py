@@ -51,6 +51,7 @@ def test_equal_work_is_found_equal_and_other_weights_are_not(mode, narrow) -> No
         contest.check_equal_work(ours, torch_steps.outputs(peer, mode, images, targets))
 
 
+@pytest.mark.docs
 def test_a_training_step_learns_the_same_on_both_sides(narrow) -> None:
     """Learning rate, decay and statistics, from the weights and what they have become."""
     network, variables, images, targets = narrow

@@ -149,6 +149,7 @@ def test_one_command_from_a_pth_to_a_shared_folder(network, shared, tmp_path, ca
     assert_bits_equal(jax.tree.map(np.asarray, found.variables), network[1])
 
 
+@pytest.mark.docs
 def test_a_run_of_train_py_as_a_folder(straight, tmp_path):
     found = load_trained(straight)
     args = [str(straight), "--output", str(tmp_path / "digits"), "--pretrained"]

@@ -51,7 +51,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("workers", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_more_files_than_may_be_open(shards: Path, tmp_path: Path, workers: int) -> None:
     done = run_script(MANY_FILES, tmp_path, shards, workers, OPEN_FILES)
     assert done.stdout == "done\n", done.stderr

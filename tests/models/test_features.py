@@ -31,7 +31,7 @@ def whole(random_variables, tmp_path_factory):
     return model, variables, path
 
 
-@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("folded", [pytest.param(False, marks=pytest.mark.docs), True])
 @pytest.mark.parametrize("kind", TAILS)
 def test_the_numbers_are_those_of_the_whole_network(kind, folded, whole, x64, capsys):
     model, variables, path = whole

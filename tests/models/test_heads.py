@@ -141,7 +141,12 @@ def random_maps(dtype=jnp.float32, batch=2):
 
 
 @pytest.mark.parametrize(
-    "head", [heads.UPerHead(5, 16), heads.FCNHead(5, 16), heads.SemanticFPN(5, 24, 16)]
+    "head",
+    [
+        heads.UPerHead(5, 16),
+        heads.FCNHead(5, 16),
+        pytest.param(heads.SemanticFPN(5, 24, 16), marks=pytest.mark.slow),
+    ],
 )
 def test_initialisation_dropout_and_narrow_types(head):
     maps = random_maps()

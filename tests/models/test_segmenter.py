@@ -212,6 +212,7 @@ def test_a_frozen_backbone_trains_on_the_maps_of_inference(random_variables):
     assert all(np.abs(a - b).max() > 0.1 for a, b in zip(free, inference, strict=True))
 
 
+@pytest.mark.docs
 def test_attention_of_many_tokens_never_has_all_pairs_of_them(monkeypatch):
     """Of a picture of 512 x 2048 there are 4,096 tokens in stage 3, with cells of one."""
     network = stvit_jax.create_segmenter("upernet", "stvit_small", depths=(1, 1, 1, 1))

@@ -114,6 +114,7 @@ def test_collectives_are_seen_in_every_form():
     assert kinds == ["all-reduce", "all-gather", "collective-permute"]
 
 
+@pytest.mark.docs
 def test_groups_within_a_device_need_no_communication_to_normalise():
     """Groups of the two images of a device need none; the whole batch as one group does."""
     program = """
@@ -203,6 +204,7 @@ def test_drop_path_rates_rise_through_all_stages(monkeypatch):
     np.testing.assert_allclose(rates, np.repeat(0.5 * np.arange(6) / 5, 2))
 
 
+@pytest.mark.docs
 def test_bfloat16_stays_on_the_residual_stream_and_logits_are_wide(tiny):
     _, variables, images = tiny
     model = stvit_jax.create_model("stvit_tiny", dtype=jnp.bfloat16)

@@ -45,7 +45,7 @@ def assert_rounded(narrow, exact):
     np.testing.assert_allclose(narrow.astype(jnp.float32), exact, rtol=2**-8, atol=2e-5)
 
 
-@pytest.mark.parametrize("gelu", [True, False])
+@pytest.mark.parametrize("gelu", [True, pytest.param(False, marks=pytest.mark.docs)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_equal_plain_jax(shape, gelu):
     x, taps, bias, dy = arguments(shape)

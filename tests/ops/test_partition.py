@@ -45,7 +45,9 @@ print(len(re.findall(r" all-reduce(?:-start)?[(]", text)), "sums over devices")
 """
 
 
-@pytest.mark.parametrize("images", [128, 24, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "images", [24, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 128))]
+)
 def test_each_of_eight_devices_computes_its_own_images(images):
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(

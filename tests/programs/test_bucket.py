@@ -228,7 +228,9 @@ def test_a_storage_that_dies_in_a_save_costs_no_step(in_bucket, straight, emulat
     assert_equal_runs(emulator.path(workdir), straight)
 
 
-@pytest.mark.parametrize("field", ["--workdir", "--config.init_from"])
+@pytest.mark.parametrize(
+    "field", ["--workdir", pytest.param("--config.init_from", marks=pytest.mark.docs)]
+)
 def test_a_bucket_that_is_not_there_is_one_line_at_once(in_bucket, field, tmp_path) -> None:
     where = "gs://no-such-bucket/run"
     began = time.monotonic()

@@ -133,6 +133,7 @@ def test_a_backbone_of_a_compiled_network_with_a_device_beside_it(states, tmp_pa
     assert 0.01 < back["head.weight"].std() < 0.03 and back["norm.num_batches_tracked"] == 0
 
 
+@pytest.mark.docs
 def test_outputs_in_homes_and_of_other_forms(states, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -162,6 +163,7 @@ def test_a_wrong_shape_is_refused(states, tmp_path, capsys):
     assert "params/proj/kernel has shape (512, 100) there and (512, 1024) here" in error
 
 
+@pytest.mark.docs
 def test_another_network_is_stated_once_and_verified(data_dir, golden_state, tmp_path, capsys):
     state = {k: x.astype(np.float32) if x.ndim else x for k, x in golden_state("tiny_iter").items()}
     safetensors.numpy.save_file(state, tmp_path / "in.safetensors")

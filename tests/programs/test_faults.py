@@ -291,6 +291,7 @@ def test_a_jax_that_cannot_train_is_one_line(start, folders, tmp_path, environme
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.docs
 def test_a_result_from_nothing_is_an_error(start, folders, trained, tmp_path) -> None:
     copy = tmp_path / "data"
     shutil.copytree(folders, copy)

@@ -77,6 +77,7 @@ def check_evaluation(workdir: Path, step: int, count: int) -> None:
         assert 0 <= values(workdir, f"{name}/top1")[step] <= values(workdir, f"{name}/top5")[step]
 
 
+@pytest.mark.docs
 def test_both_sources_hold_the_same_pictures(tfds_dir: Path, folder_dir: Path) -> None:
     for split in (True, False):
         prepared = open_source("tfds", "imagenet2012", str(tfds_dir), train=split)
@@ -93,6 +94,7 @@ def test_both_sources_hold_the_same_pictures(tfds_dir: Path, folder_dir: Path) -
             assert set(pictures[0]) <= set(pictures[1])
 
 
+@pytest.mark.docs
 def test_trains_and_evaluates_from_tfds(straight: Path) -> None:
     assert list(values(straight, "train/loss")) == list(range(1, STEPS + 1))
     check_evaluation(straight, STEPS, mini_imagenet.VALIDATION)

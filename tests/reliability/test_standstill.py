@@ -72,6 +72,7 @@ def test_r14_slow_is_not_hung(start, straight, tmp_path):
     assert_equal_runs(tmp_path, straight)
 
 
+@pytest.mark.docs
 def test_r13_a_second_run_on_a_workdir_is_refused_and_the_first_goes_on(start, straight, tmp_path):
     first = start(tmp_path)
     first.read_until("stvit_tiny on 1 x cpu")

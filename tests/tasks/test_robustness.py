@@ -158,6 +158,7 @@ def test_a_set_that_only_tests_is_evaluated_by_its_name(
     assert line["eval/count"] == IMAGES and line["eval/unreadable"] == 1
 
 
+@pytest.mark.slow
 def test_a_version_keeps_the_rules_of_the_set(
     data_dir: Path, network: tuple[STViT, dict, Path], labels, real_labels, tmp_path: Path
 ) -> None:

@@ -103,6 +103,7 @@ def as_given(batch: Batch, key: jax.Array) -> Batch:
     return {"image": batch["image"], "target": batch["target"]}
 
 
+@pytest.mark.docs
 def test_a_batch_in_parts_is_learned_as_the_batch_at_once(random_variables) -> None:
     """The published augmentation, drop path and groups: state and metrics are the same.
 

@@ -63,6 +63,7 @@ def kept(model, variables, images, train) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
+@pytest.mark.docs
 def test_gradients_statistics_and_intermediates_are_the_same(network, images) -> None:
     """Drop path, too: the second computation draws what the first has drawn."""
     results = []

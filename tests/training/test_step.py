@@ -183,6 +183,7 @@ def test_drop_path_follows_the_step_without_a_new_program(plain, batch):
     assert step._cache_size() == 1
 
 
+@pytest.mark.docs
 def test_frozen_batch_norm_keeps_statistics_and_trains_scales(model, make, batch):
     state, step = make(freeze=True)
     new, metrics = step(state.replace(step=jnp.int32(100)), batch, KEY)
