@@ -1,27 +1,29 @@
 """Compiles the kernels for Hopper for every map of the published networks, and prints how many.
 
-    python -m tests.gpu_kernels
+    python -m tests.gpu_kernels [all]
 
+By default for the published batch at 224 pixels and segmentation's; all: for one image, and at 384,
+too.
 Fails where ptxas does, where registers spill, or where a map crosses memory more often than the
 kernel says. Then compiles one for four GPUs: each must take its own images, and only the gradients
 of the weights be summed. `test_compilers.py` runs it.
 """
 
-import itertools
+import sys
 from collections.abc import Iterator
 from functools import partial
 
 from benchmarks import compilers, traffic
 from benchmarks.hlo import collectives
-from tests.tpu_kernels import STAGES
+from tests.tpu_kernels import ALL, PUBLISHED, STAGES
 
 # Partial sums and weights against the maps, most where a map is 7x7.
 SLACK = 1.1
 
 
-def maps() -> Iterator[tuple[tuple[int, int, int, int], bool]]:
+def maps(which: str) -> Iterator[tuple[tuple[int, int, int, int], bool]]:
     """Every map, and whether a GELU is there: positional on C channels, in the FFN on 4C."""
-    for batch, size in itertools.product((1, 128), (224, 384)):
+    for batch, size in ALL if which == "all" else PUBLISHED:
         for stage, (_, widths) in enumerate(STAGES):
             side = size // 2 ** (stage + 2)
             for width in widths:
@@ -32,7 +34,7 @@ def maps() -> Iterator[tuple[tuple[int, int, int, int], bool]]:
         yield (16, 128, 128, 4 * width), True
 
 
-def main() -> None:
+def main(which: str = "") -> None:
     compilers.prepare("h100")
     import jax
     import jax.numpy as jnp
@@ -68,7 +70,7 @@ def main() -> None:
         return jitted.lower(*arguments).compile().as_text()
 
     count, one, four = 0, mesh_of("h100"), mesh_of("h100:4")
-    for shape, gelu in maps():
+    for shape, gelu in maps(which):
         for function, crossings in ((forward, 2), (gradient, 3)):
             with compilers.heard() as ptxas:
                 program = compiled(function, arguments(shape, gelu), one)
@@ -93,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -1,7 +1,8 @@
 """Compiles the Pallas TPU kernels for every map of the published networks, and counts them.
 
-    python -m tests.tpu_kernels v5e:1x1
+    python -m tests.tpu_kernels v5e:1x1 [all]
 
+By default for the published batch at 224 pixels; all: for one image, and at 384, too.
 Fails where the compiler does, or where it copies a map on the way into a kernel or out of it: for
 128 images the program must move what the kernel moves. `test_compilers.py` runs it.
 """
@@ -21,6 +22,7 @@ STAGES = (
     (1, {320: 5, 384: 6, 448: 7}),
     (1, {512: 8, 640: 10}),
 )
+PUBLISHED, ALL = ((128, 224),), tuple(itertools.product((1, 128), (224, 384)))
 SLACK = 1.08  # of weights and partial sums against a map: most on the lanes of 14x14 pixels
 
 
@@ -42,7 +44,7 @@ def calls(batch: int, size: int) -> Iterator[tuple[Callable, tuple[tuple[int, ..
             yield partial(attention_tpu.attention_gradient, heads=heads), (qkv, y), 7 / 3
 
 
-def main(target: str) -> None:
+def main(target: str, which: str = "") -> None:
     compilers.prepare(target)
     import jax
     import jax.numpy as jnp
@@ -51,7 +53,7 @@ def main(target: str) -> None:
     # As in a network, where XLA chooses in which order a map lies in memory.
     chip = Format(Layout.AUTO, jax.sharding.SingleDeviceSharding(compilers.devices(target)[0]))
     count = 0
-    for batch, size in itertools.product((1, 128), (224, 384)):
+    for batch, size in ALL if which == "all" else PUBLISHED:
         for function, shapes, crossings in calls(batch, size):
             arguments = [
                 jax.ShapeDtypeStruct(shape, jnp.float32 if len(shape) < 3 else jnp.bfloat16)
@@ -68,4 +70,4 @@ def main(target: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
