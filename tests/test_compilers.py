@@ -31,8 +31,8 @@ LINES = json.loads((ROOT / "benchmarks/programs.json").read_text())
 def often(target: str, config: str, mode: str, dtype: str) -> bool:
     """Whether it is compiled by default: training of stvit_small as published, minutes each.
 
-    The others are the same operations in another width or dtype, and the kernels of all maps have
-    tests of their own.
+    The others are the same operations in another width or dtype, and kernels have tests of their
+    own.
     """
     return (config, mode, dtype) == ("stvit_small", *STEPS[0]) and target != "a100"
 
