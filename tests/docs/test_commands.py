@@ -31,6 +31,7 @@ PAGES = (
     "docs/segmentation.md",
     "docs/adding.md",
 )
+SLOW = ("docs/adding.md",)
 # What pages say is there at their end, beside what their commands name as output.
 PROMISED = {
     "docs/finetuning.md": [
@@ -114,7 +115,9 @@ def run(text: str, folder: Path, environment: dict[str, str]) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in PAGES]
+)
 def test_a_page_is_followed(page: str, reader: Path, environment) -> None:
     if page in ("README.md", "docs/weights.md"):
         torch = pytest.importorskip("torch")

@@ -32,7 +32,7 @@ ELSEWHERE = {
         "tests/programs/test_scenes.py::test_a_run_logs_measures_and_reports_every_class"
     ),
     "python train.py --config configs/upernet_small.py:fpn": (
-        "tests/programs/test_scenes.py::test_semantic_fpn_trains_stops_and_goes_on"
+        "tests/programs/test_scenes.py::test_semantic_fpn_trains_and_evaluates"
     ),
     "python train.py --config configs/cifar100.py": OTHER_SETS,
     "python train.py --config configs/inat2018.py": OTHER_SETS,
@@ -95,7 +95,7 @@ ELSEWHERE = {
     "python -m docs.make_api": (
         "tests/docs/test_commands.py::test_the_reference_is_made_from_the_docstrings"
     ),
-    "pip install .": "tests/docs/test_wheel.py::test_a_wheel_works_in_an_empty_environment",
+    "pip install .": "tests/docs/test_wheel.py::test_a_wheel_holds_the_package_and_works",
     "sbatch launch/slurm.sh": (
         "tests/programs/test_launch.py::test_under_slurm_it_stops_is_put_back_and_continues"
     ),

@@ -75,6 +75,7 @@ def test_dense_learns(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "dense.png").size == (768, 384)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     """On the run that it names: a short one of the network that the digits' config trains."""
     (tmp_path / "examples").mkdir()

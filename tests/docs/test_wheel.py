@@ -1,4 +1,4 @@
-"""A wheel of this repository, in an environment that holds nothing else."""
+"""A wheel of this repository, beside its dependencies and in an environment that holds nothing."""
 
 import os
 import subprocess
@@ -16,31 +16,61 @@ from tests.program import ROOT
 pytestmark = pytest.mark.docs
 
 
-def run(*command: object, cwd: Path) -> str:
+def run(*command: object, cwd: Path, **variables: str) -> str:
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
-        list(map(str, command)), cwd=cwd, env=clean, capture_output=True, text=True, timeout=900
+        list(map(str, command)),
+        cwd=cwd,
+        env=clean | variables,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_a_wheel_works_in_an_empty_environment(tmp_path: Path, random_variables) -> None:
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT, cwd=tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, ROOT, cwd=folder)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path, random_variables) -> Path:
+    """A network and a picture."""
+    model = stvit_jax.create_model("stvit_tiny")
+    stvit_jax.save_pretrained(tmp_path / "tiny", model, random_variables(model), image_size=32)
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / "black.png")
+    return tmp_path
+
+
+def assert_works(python: Path | str, folder: Path, **variables: str) -> None:
+    predict = (python, "-m", "stvit_jax.predict", "--weights", "tiny", "black.png")
+    assert run(*predict, cwd=folder, **variables).count("%") == 5
+    summary = (python, "-m", "stvit_jax.summary", "stvit_tiny")
+    assert "1,185,978" in run(*summary, cwd=folder, **variables)
+
+
+def test_a_wheel_holds_the_package_and_works(wheel: Path, folder: Path) -> None:
+    """With the packages of these tests, and from no checkout."""
     held = set(zipfile.ZipFile(wheel).namelist())
     modules = subprocess.run(
         ["git", "ls-files", "stvit_jax"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert set(modules.stdout.split()) <= held
     assert not [name for name in held if name.startswith(("tests/", "benchmarks/", "docs/"))]
+    into = folder / "installed"
+    install = ("-m", "pip", "install", "-q", "--no-deps", "--target", into, wheel)
+    run(sys.executable, *install, cwd=folder)
+    assert_works(sys.executable, folder, PYTHONPATH=str(into))
 
-    run(sys.executable, "-m", "venv", tmp_path / "env", cwd=tmp_path)
-    python = tmp_path / "env/bin/python"
-    run(python, "-m", "pip", "install", "-q", wheel, cwd=tmp_path)
-    model = stvit_jax.create_model("stvit_tiny")
-    stvit_jax.save_pretrained(tmp_path / "tiny", model, random_variables(model), image_size=32)
-    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / "black.png")
-    said = run(python, "-m", "stvit_jax.predict", "--weights", "tiny", "black.png", cwd=tmp_path)
-    assert said.count("%") == 5
-    assert "1,185,978" in run(python, "-m", "stvit_jax.summary", "stvit_tiny", cwd=tmp_path)
+
+@pytest.mark.slow
+def test_a_wheel_works_in_an_empty_environment(wheel: Path, folder: Path) -> None:
+    run(sys.executable, "-m", "venv", folder / "env", cwd=folder)
+    python = folder / "env/bin/python"
+    run(python, "-m", "pip", "install", "-q", wheel, cwd=folder)
+    assert_works(python, folder)

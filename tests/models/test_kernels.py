@@ -66,7 +66,7 @@ def test_what_runs_is_said():
     assert said == "kernels: attention cuDNN's, depthwise convolutions ours (Mosaic GPU)"
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_bfloat16_is_as_near_to_the_exact_numbers_as_it_can_be(random_variables):
     """Inference, training, and the gradients of all parameters; 0.7, 1.7 and 1.7 % were seen."""
     images = np.random.default_rng(0).normal(size=(16, 64, 64, 3)).astype(np.float32)

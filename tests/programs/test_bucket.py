@@ -110,7 +110,7 @@ def test_a_run_that_was_stopped_is_bit_equal_to_one_on_a_disk(
     assert not any(word in text for text in said for word in ("Traceback", "WARNING", "gcsfs"))
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 @pytest.mark.usefixtures("unanswered")  # these begin to wait
 def test_what_is_in_a_bucket_is_evaluated_and_started_from(
     in_bucket, stopped_and_continued, straight, emulator, tmp_path

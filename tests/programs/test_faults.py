@@ -130,7 +130,7 @@ def test_every_signal_that_asks_to_stop_saves(start, folders, tmp_path, name) ->
     assert f"stopped at step {saved.name} of 30000, saved" in program.output
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_data_that_hang_do_not_keep_a_run_from_stopping(start, folders, tmp_path) -> None:
     program = start(tmp_path, folders, *ENDLESS, "--config.data.workers=1")
     program.read_until(r"step 4/")
@@ -217,7 +217,7 @@ def test_the_result_of_a_workdir_that_may_only_be_read_is_said(
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_labels_keep_their_meaning(start, folders, trained, tmp_path) -> None:
     """Other names are refused; the same ones in another order are put right."""
     same = evaluate(start, tmp_path / "same", folders, f"--config.init_from={trained}")

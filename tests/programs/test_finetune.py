@@ -57,6 +57,7 @@ def finetune(folder: Path, straight: Path, compiled: dict[str, str]):
     return run
 
 
+@pytest.mark.slow  # docs/finetuning.md has it, too, but for the numbers
 def test_a_folder_is_learned(finetune, folder: Path, straight: Path, tmp_path: Path) -> None:
     """The network follows the weights; the best is kept; every class is accounted for; resuming."""
     workdir = tmp_path / "run"
@@ -96,14 +97,12 @@ def test_a_folder_is_learned(finetune, folder: Path, straight: Path, tmp_path: P
     assert digests(again, 6) == digests(workdir, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flag, learned",
     [
         ("--config.linear_probe=True", ("head/",)),
-        pytest.param(
-            *("--config.freeze_stages=1", ("layers_1/", "proj/", "norm/", "head/")),
-            marks=pytest.mark.slow,
-        ),
+        ("--config.freeze_stages=1", ("layers_1/", "proj/", "norm/", "head/")),
     ],
 )
 def test_what_is_frozen_stays(flag: str, learned, finetune, straight: Path, tmp_path: Path) -> None:

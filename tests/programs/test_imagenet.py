@@ -112,7 +112,7 @@ def test_trains_and_evaluates_from_folders(train, folder_dir: Path, tmp_path: Pa
     check_evaluation(tmp_path, 1, len(open_source("folder", "", str(folder_dir), train=False)))
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_resumes_bit_exactly_in_mid_epoch_with_other_workers(
     train, straight: Path, tfds_dir: Path, tmp_path: Path
 ) -> None:

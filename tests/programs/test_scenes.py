@@ -66,9 +66,14 @@ def assert_every_shape_is_compiled_once(output, count):
     assert found == [(str(i + 1), str(count)) for i in range(count)]
 
 
-@pytest.mark.docs
-def test_semantic_fpn_trains_stops_and_goes_on(compiled, tmp_path):
-    """From a network for classification; another picture is learned from for a broken one."""
+@pytest.fixture(scope="module")
+def fpn(compiled, tmp_path_factory):
+    """Starts Semantic FPN from a network for classification, on a folder with two broken files.
+
+    Returns:
+      (what starts it, the broken picture to learn from).
+    """
+    tmp_path = tmp_path_factory.mktemp("fpn")
     folder = mini_ade.write(tmp_path / "own", train=8, val=4, sizes=SHAPES[:2])
     (folder / "classes.txt").write_text("".join(f"thing {i}\n" for i in range(1, 22)))
     broken = damage(folder / "images" / "training", 3)
@@ -86,15 +91,27 @@ def test_semantic_fpn_trains_stops_and_goes_on(compiled, tmp_path):
         f"--config.init_from={tmp_path / 'weights'}",
     )
     start = partial(begin, folder, compiled, "configs/upernet_small.py:fpn")
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    return lambda workdir, *more: start(workdir, *flags, *more), broken
 
-    program = start(straight, *flags)
+
+@pytest.fixture(scope="module")
+def straight_fpn(fpn, tmp_path_factory):
+    """(the workdir of a run that nobody stopped, what it said)."""
+    workdir = tmp_path_factory.mktemp("straight_fpn") / "run"
+    program = fpn[0](workdir)
     assert program.wait() == 0, program.output
-    assert "fpn on stvit_tiny" in program.output and "starting from" in program.output
-    assert "proj, norm, head are dropped" in program.output
-    assert program.output.count(f"{broken} does not decode") == 1
-    assert_every_shape_is_compiled_once(program.output, 2)
-    assert program.output.splitlines()[-1].startswith(f"done: step {STEPS} of {STEPS}, raw mIoU")
+    return workdir, program.output
+
+
+@pytest.mark.docs
+def test_semantic_fpn_trains_and_evaluates(fpn, straight_fpn):
+    """Another picture is learned from for the broken one."""
+    (straight, output), (_, broken) = straight_fpn, fpn
+    assert "fpn on stvit_tiny" in output and "starting from" in output
+    assert "proj, norm, head are dropped" in output
+    assert output.count(f"{broken} does not decode") == 1
+    assert_every_shape_is_compiled_once(output, 2)
+    assert output.splitlines()[-1].startswith(f"done: step {STEPS} of {STEPS}, raw mIoU")
     lines, steps = metrics(straight), list(range(1, STEPS + 1))
     assert [line["step"] for line in lines if "train/loss" in line] == steps
     # The set is one batch: a pass each step, and the broken picture once in each.
@@ -106,19 +123,23 @@ def test_semantic_fpn_trains_stops_and_goes_on(compiled, tmp_path):
         assert rate == pytest.approx(last + (base - last) * left**0.9, rel=1e-12)
     assert values(straight, "eval/count") == {STEPS: 4}
     assert (lines[-1]["eval/unreadable"], lines[-1]["eval/unlabelled"]) == (1, 1)
-    assert "(4 images, 1 of them unreadable, 1 without a labelled pixel)" in program.output
+    assert "(4 images, 1 of them unreadable, 1 without a labelled pixel)" in output
     assert 0 <= lines[-1]["eval/miou"] <= lines[-1]["eval/aacc"] <= 1
     classes = json.loads((straight / "per_class.json").read_text())["classes"]
     assert list(classes) == [f"thing {i}" for i in range(1, 22)]
 
-    program = start(stopped, *flags, WORKER)
+
+@pytest.mark.slow
+def test_semantic_fpn_stops_and_goes_on(fpn, straight_fpn, tmp_path):
+    start, _ = fpn
+    program = start(tmp_path / "run", WORKER)
     program.read_until(f"step 2/{STEPS}")
     program.send(signal.SIGTERM)
     assert program.wait() == 75, program.output
-    program = start(stopped, *flags)
+    program = start(tmp_path / "run")
     assert program.wait() == 0, program.output
     assert "continuing after step" in program.output
-    assert_equal_runs(stopped, straight)
+    assert_equal_runs(tmp_path / "run", straight_fpn[0])
 
 
 @pytest.fixture(scope="module")

@@ -206,7 +206,7 @@ def test_r6_unreadable_images_are_counted_until_there_are_too_many(start, tmp_pa
     assert int(step) > 4 and (workdir / "checkpoints" / step).is_dir()
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_r6_a_corrupt_record_is_named_and_costs_no_step(start, straight, digits_dir, tmp_path):
     """The steps before it are saved; with the file restored, the run ends as if it was sound."""
     shutil.copytree(digits_dir, tmp_path / "data")

@@ -66,7 +66,7 @@ def flags(straight, tmp_path_factory):
     return f"--config.teacher.init_from={teacher}", "--config.teacher.kind=soft"
 
 
-@pytest.mark.docs  # a whole use of the project, as the documentation's pages are
+@pytest.mark.slow
 def test_a_student_goes_on_bit_by_bit_and_notices_another_teacher(start, flags, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     program = start(whole, *flags)

@@ -191,7 +191,7 @@ def test_a_part_is_of_whole_groups_of_each_device(
     np.testing.assert_array_equal(np.sort(parts.ravel()), np.arange(16))
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_devices_keep_their_images_and_learn_the_same() -> None:
     """Images stay where a group is of one device; where it is of two, some move."""
     result = subprocess.run(

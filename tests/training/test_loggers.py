@@ -79,7 +79,7 @@ def test_a_fault_is_said_once(fault: str, monkeypatch, tmp_path: Path, capsys) -
     assert said[0].endswith(words[fault])
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_a_run_is_followed_by_wandb(start, tmp_path: Path) -> None:
     """The package itself, which keeps what it would send; a run that goes on is the same there."""
     workdir = tmp_path / "run"
