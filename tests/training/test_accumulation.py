@@ -135,6 +135,7 @@ def test_frozen_statistics_stay_as_they_are_and_bind_no_group(random_variables) 
     assert not np.array_equal(state.params["head"]["bias"], start.params["head"]["bias"])
 
 
+@pytest.mark.slow
 def test_parts_take_less_memory(random_variables) -> None:
     mesh = devices(1)
     prepare = augmentation(GROUP, mesh, mixup=False, **MIX_ONLY)
