@@ -97,6 +97,23 @@ def test_segmentation_s_recipes_are_the_papers(name, rate):
         assert (config.task, config.data.source) == ("segmentation", "ade20k")
         assert (config.model.name, config.model.drop_path_rate) == (f"stvit_{name}", rate)
         assert (config.batch_size, config.image_size, config.ema_decay) == (16, 512, 0)
+        assert (config.group_size, config.data.repeats, config.data.flip) == (0, 1, True)
+        assert config.segmentation.to_dict() == {
+            "head": "upernet" if config is upernet else "fpn",
+            "channels": None,
+            "dropout": 0.1,
+            "auxiliary_weight": 0.4,
+            "mean_of_labelled": False,
+            "freeze_bn": False,
+            "long_side": 2048,
+            "short_side": 512,
+            "scale_range": (0.5, 2.0),
+            "largest_class": 0.75,
+            "photometric": True,
+            "test": "whole",
+            "test_scales": (1.0,),
+            "test_flip": False,
+        }
     for config, rate, decay, steps, power, warmup, rule in (
         (upernet, 6e-5, 0.01, 160_000, 1.0, 1500, "mmseg"),
         (fpn, 1e-4, 1e-4, 80_000, 0.9, 0, "all"),

@@ -1,7 +1,6 @@
 """Segmentation by train.py: what a run promises holds for it, too.
 
-For every day there is Semantic FPN, on a few classes of one's own. UPerNet on a miniature of ADE20K
-is for `pytest -m docs`.
+UPerNet on a miniature of ADE20K, and Semantic FPN on a few classes of one's own.
 """
 
 import json
@@ -205,7 +204,7 @@ def test_a_run_logs_measures_and_reports_every_class(straight):
     assert (straight / "per_class.png").stat().st_size > 5000
 
 
-@pytest.mark.slow
+@pytest.mark.docs
 def test_stopped_while_it_evaluates_a_run_makes_up_for_it(start, straight, stopped, tmp_path):
     workdir = shutil.copytree(stopped, tmp_path / "run")
     program = start(workdir)
@@ -214,12 +213,15 @@ def test_stopped_while_it_evaluates_a_run_makes_up_for_it(start, straight, stopp
 
 
 @pytest.mark.docs
-def test_measures_are_the_same_in_every_mode(start, straight, tmp_path):
+def test_every_way_to_test_is_another(start, straight, tmp_path):
     own = {key: metrics(straight)[-1][key] for key in MEASURES}
     weights = f"--config.init_from={straight}"
     # A window that nothing exceeds is the whole.
     wide = "--config.segmentation.test=slide", "--config.image_size=96"
     assert evaluated(start, tmp_path / "wide", weights, *wide) == own
+    # Of those of a crop's size a picture has several.
+    slid = evaluated(start, tmp_path / "slid", weights, "--config.segmentation.test=slide")
+    assert slid["eval/count"] == 4 and slid != own
     views = "--config.segmentation.test_scales=(0.5, 1.0)", "--config.segmentation.test_flip=True"
     several = evaluated(start, tmp_path / "views", weights, *views)
     assert several["eval/count"] == 4 and several != own

@@ -1,5 +1,6 @@
 """The task: what a crop becomes, what is lost on it, what is counted, which weights fit."""
 
+import inspect
 from functools import partial
 
 import jax
@@ -162,8 +163,47 @@ def built(tmp_path_factory):
     config.model.update(NARROW_SETTINGS)
     config.image_size, config.segmentation.short_side = 64, 64
     config.data.dir, config.dtype = str(folder), "float32"
-    mesh = parallel.make_mesh(config.batch_size, devices=jax.devices()[:1])
-    return config, task.task(config, mesh)
+    return config, task.task(config, built_mesh(config))
+
+
+def built_mesh(config):
+    return parallel.make_mesh(config.batch_size, devices=jax.devices()[:1])
+
+
+def test_every_field_reaches_the_task(built):
+    """With values that are nobody's default."""
+    config = built[0].copy_and_resolve_references()
+    config.model.drop_path_rate, config.data.flip, config.remat = 0.3, False, (1,)
+    own = config.segmentation
+    own.head, own.channels, own.dropout, own.freeze_bn = "fpn", 12, 0.2, True
+    own.auxiliary_weight, own.mean_of_labelled = 0.7, True
+    own.long_side, own.short_side, own.scale_range = 96, 48, (0.9, 1.1)
+    own.largest_class, own.photometric = 0.6, False
+    own.test, own.test_scales, own.test_flip = "slide", (0.5, 1.5), True
+    made = task.task(config, built_mesh(config))
+
+    (cut,) = made.train.load.args
+    assert cut.keywords == {
+        "size": 64,
+        "classes": 150,
+        "scale_range": (0.9, 1.1),
+        "long": 96,
+        "short": 48,
+        "largest_class": 0.6,
+        "flip": False,
+    }
+    assert made.prepare.args == (False,) and made.what == "fpn on stvit_tiny"
+    told = inspect.getclosurevars(made.objective).nonlocals
+    model = told.pop("model")
+    assert told == {"drop_path_rate": 0.3, "auxiliary_weight": 0.7, "mean_of_labelled": True}
+    assert (model.dropout, model.channels, model.num_classes) == (0.2, 12, 150)
+    assert (model.backbone.freeze_bn, model.backbone.remat) == (True, (1,))
+    assert made.multipliers is not None and built[1].multipliers is None
+    (evaluation,) = made.evaluations
+    of, protocol = evaluation.measure.args
+    assert of == model and protocol == Protocol((0.5, 1.5), True, 64)
+    (resized,) = evaluation.examples.load.args
+    assert resized.keywords == {"classes": 150, "ratios": (0.5, 1.5), "long": 96, "short": 48}
 
 
 def test_what_is_frozen_is_not_decayed_either(built, random_variables):
