@@ -19,7 +19,9 @@ MODULES = {
     "schedules": None,
     "data": ("eval_image", "normalize"),
     "augment": ("apply_op",),
+    "models.heads": ("UPerHead", "FCNHead", "SemanticFPN"),
     "ops.super_tokens": None,
+    "ops.resize": ("bilinear", "nearest"),
 }
 METHODS = (
     "__call__",
@@ -40,6 +42,9 @@ def page() -> str:
     ]
     network = importlib.import_module("stvit_jax.models.stvit").STViT
     parts += ["## The network", markdown(network), *entries(network, METHODS)]
+    segmenter = importlib.import_module("stvit_jax.models.segmenter").Segmenter
+    parts += ["## The segmenter", markdown(segmenter)]
+    parts += entries(segmenter, ("__call__", "head_logits"))
     for name, public in MODULES.items():
         module = importlib.import_module(f"stvit_jax.{name}")
         parts += [f"## stvit_jax.{name}", first_paragraph(module)]
@@ -66,7 +71,12 @@ def entries(module: Any, names: Sequence[str]) -> Iterator[str]:
         if inspect.isclass(thing) and issubclass(thing, Exception):
             yield f"### {name}\n\n{markdown(thing)}"
             continue
-        signature = str(inspect.signature(thing)).replace("collections.abc.", "")
+        takes = inspect.signature(thing)
+        if inspect.isclass(thing):  # a Flax module: without what Flax gives to all
+            fields = [p for n, p in takes.parameters.items() if n not in ("parent", "name")]
+            takes = takes.replace(parameters=fields, return_annotation=takes.empty)
+        signature = str(takes).replace("collections.abc.", "")
+        signature = re.sub(r"<class '([\w.]+)'>", r"\1", signature)
         signature = re.sub(r"(?:[a-z_]+\.)+(?=[A-Z])", "", signature)
         yield f"### {name}\n\n```python\n{name}{signature}\n```\n\n{markdown(thing)}"
 

@@ -37,6 +37,7 @@ def answer(path: str) -> np.ndarray:
     """A segmenter's label of every pixel of the picture, resized: windows, whose logits add up."""
     image = Image.open(path).convert("RGB")
     size = tuple(round(short * length / min(image.size)) for length in image.size)
+    # Pillow's averages where it makes smaller; the protocol's rule, OpenCV's, does not.
     pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
     starts = [
         [*range(0, length - side, how["stride"]), length - side] for length in pixels.shape[:2]

@@ -1,7 +1,7 @@
 """What docs/reliability.md promises: the fault provoked, on the real program.
 
-One test a promise by default, other forms with the documentation; the full form, dozens of faults,
-is `slow`. R9 needs several processes: `test_standstill.py`.
+One test a promise by default or in CI; other forms, and the full one with dozens of faults, are
+`slow`. R9 needs several processes: `test_standstill.py`.
 """
 
 import random
