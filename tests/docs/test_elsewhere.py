@@ -114,7 +114,7 @@ IN_CI = {
     "ruff check .": "ruff check .",
     "ruff format .": "ruff format --check .",
     "pytest": "<!-- commands -->",
-    "pytest -m 'compilers and not slow'": 'pytest -m "compilers and not slow" -n 0',
+    "pytest -m 'compilers and not slow'": 'pytest -m "compilers and not slow" --dist load',
     "pytest -m 'docs and not slow'": 'pytest -m "docs and not slow"',
 }
 # What runs nowhere, and why.

@@ -81,7 +81,7 @@ def test_converted_to_pth_and_back_it_evaluates_to_the_same_counts(start, straig
         assert "eval_ema/top1" not in line  # a file holds one set of weights
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_starts_from_weights_raw_or_averaged(start, straight, tmp_path):
     flags = ("--config.steps=2", f"--config.init_from={straight}", "--config.init_from_ema=True")
     program = start(tmp_path, *flags)

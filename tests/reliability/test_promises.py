@@ -109,7 +109,7 @@ def newest_checkpoint(workdir: Path) -> int:
     return max((int(path.name) for path in found if path.name.isdecimal()), default=0)
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_r4_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(start, straight, tmp_path):
     program = start(tmp_path, "--config.checkpoint_every=10", "--config.steps=20")
     assert program.wait() == 0, program.output
