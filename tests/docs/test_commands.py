@@ -31,7 +31,7 @@ PAGES = (
     "docs/segmentation.md",
     "docs/adding.md",
 )
-SLOW = ("docs/adding.md",)
+SLOW = ("docs/using.md", "docs/adding.md")  # each command has a quicker test, too
 # What pages say is there at their end, beside what their commands name as output.
 PROMISED = {
     "docs/finetuning.md": [
