@@ -125,7 +125,7 @@ def test_the_example_runs_without_flax_and_this_package(
     assert_example_agrees(done.stdout, network, pictures, capsys)
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_the_example_in_an_environment_of_jax_numpy_and_pillow(
     network: Path, exported: Path, pictures: list[str], tmp_path: Path, capsys
 ) -> None:

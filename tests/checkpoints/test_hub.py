@@ -128,7 +128,7 @@ def test_the_command_of_conversion_takes_an_address(home, tmp_path):
     assert model.depths == (1, 1, 1, 1) and jax.tree.leaves(variables)
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_a_network_of_a_hub_is_made_and_predicts(home, tmp_path):
     """In a program of its own: huggingface_hub reads its variables when it is imported."""
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")

@@ -51,11 +51,16 @@ def fashion_mnist(data_dir: Path) -> None:
     ("write", "config", "source", "name", "classes", "flags"),
     [
         (cifar100, "cifar100", "tfds", "cifar100", 100, ()),
-        (inat2018, "inat2018", "tfds", "i_naturalist2018", 8142, ("--config.image_size=64",)),
-        (
+        pytest.param(
+            *(inat2018, "inat2018", "tfds", "i_naturalist2018", 8142),
+            ("--config.image_size=64",),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             *(fashion_mnist, "fashion_mnist", "folder", "", 10),
             # Which CIFAR-100's compiles, too.
             ("--config.augment.randaugment=False",),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["cifar100", "inat2018", "fashion_mnist"],

@@ -145,7 +145,7 @@ def test_a_step_moves_everything_and_counts(plain, batch):
     )
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_the_norm_of_the_gradient_is_that_before_clipping(model, plain, batch):
     state, step = plain
     tx = optimizer.adamw(lambda step: 1e-2, 0.05, gradient_clip=1e-3)
