@@ -130,7 +130,8 @@ def test_what_a_person_reads(network: Path, pictures: Path) -> None:
     (pictures / "cut.jpg").write_bytes(picture(5)[:200])
     done = run("--weights", network, "a.jpg", "cut.jpg", "c.webp", cwd=pictures)
     assert done.returncode == 1
-    lines = done.stdout.splitlines()
+    # A busy machine makes it say how far it is.
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("predicting: ")]
     assert lines[0] == f"stvit_small of {network}, 48 x 48 pixels"
     assert (lines[1], lines[7], len(lines)) == ("a.jpg", "c.webp", 13)
     expected = direct(network, pictures / "a.jpg", SIZE)

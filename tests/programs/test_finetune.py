@@ -57,7 +57,6 @@ def finetune(folder: Path, straight: Path, compiled: dict[str, str]):
     return run
 
 
-@pytest.mark.slow  # docs/finetuning.md has it, too, but for the numbers
 def test_a_folder_is_learned(finetune, folder: Path, straight: Path, tmp_path: Path) -> None:
     """The network follows the weights; the best is kept; every class is accounted for; resuming."""
     workdir = tmp_path / "run"
