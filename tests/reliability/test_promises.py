@@ -75,8 +75,8 @@ def test_r2_an_interrupted_evaluation_is_repeated(start, straight, tmp_path):
     assert len(values(tmp_path, "train/loss")) == 20
 
 
-@pytest.mark.docs
-@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 50])
 def test_r3_killed_at_random_loses_at_most_one_interval(start, straight, tmp_path, kills):
     """At a random moment after it has begun to train; many times in one run, if it lasts."""
     rng = random.Random(seed := time.time_ns())
