@@ -4,6 +4,7 @@ A part is up to PART examples of one batch. With whole batches as elements, ever
 several of them in shared memory, and the first would be long in coming.
 """
 
+import abc
 import dataclasses
 from typing import Any
 
@@ -22,7 +23,7 @@ MAX_NAMED = 20  # unreadable examples that a process names
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Part(abc.ABC):
     """Loads a part by its number: those of a batch follow each other, and so do the batches.
 
     Attributes:
@@ -49,9 +50,9 @@ class Part:
         self.fill(rows, batch, slots)
         return rows
 
+    @abc.abstractmethod
     def fill(self, rows: Batch, batch: int, slots: np.ndarray) -> None:
         """Loads `slots` of a batch into `rows`, which are zeros."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ PAGES = (
     "docs/segmentation.md",
     "docs/adding.md",
 )
-# Followed before a release; each command has a quicker test, too.
+# Followed before a release: several programs each.
 SLOW = ("docs/finetuning.md", "docs/using.md", "docs/adding.md")
 # What pages say is there at their end, beside what their commands name as output.
 PROMISED = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.test_commands import PAGES, blocks
+from tests.docs.test_commands import PAGES, SLOW, blocks
 from tests.program import ROOT
 
 # The tests that run the other commands, by how these begin.
@@ -20,7 +20,9 @@ EXPORTED_SCENES = (
 SCENES_SHOWN = "tests/test_contact_sheet.py::test_scenes_are_shown_under_their_classes"
 ELSEWHERE = {
     "python train.py --config configs/digits.py": FOLLOWED,
-    "python train.py --config configs/finetune.py": FOLLOWED,
+    "python train.py --config configs/finetune.py": (
+        "tests/programs/test_finetune.py::test_a_folder_is_learned"
+    ),
     "python train.py --config configs/digit_scenes.py": FOLLOWED,
     "python train.py --config configs/stvit_small.py": PUBLISHED,
     "python train.py --config configs/stvit_base.py": PUBLISHED,
@@ -50,14 +52,16 @@ ELSEWHERE = {
     "python -m stvit_jax.predict": FOLLOWED,
     "python -m stvit_jax.visualize": FOLLOWED,
     "python -m stvit_jax.plot": FOLLOWED,
-    "python -m stvit_jax.export": FOLLOWED,
+    "python -m stvit_jax.export": (
+        "tests/test_export.py::test_the_example_runs_without_flax_and_this_package"
+    ),
     "python -m stvit_jax.export --weights runs/scenes": EXPORTED_SCENES,
     "python examples/run_exported.py scenes.stvit": EXPORTED_SCENES,
     "python run_exported.py": (
         "tests/test_export.py::test_the_example_runs_without_flax_and_this_package"
     ),
-    "python -m examples.embed": FOLLOWED,
-    "python -m examples.dense": FOLLOWED,
+    "python -m examples.embed": "tests/docs/test_examples.py::test_embed_draws_neighbours",
+    "python -m examples.dense": "tests/docs/test_examples.py::test_dense_learns",
     "python -m stvit_jax.summary stvit_small": (
         "tests/test_summary.py::test_command_prints_total_first_then_stem_to_head"
     ),
@@ -183,7 +187,8 @@ def test_a_test_that_is_named_is_there_and_not_slow(node: str) -> None:
 
 
 def test_pages_have_the_commands_that_they_are_said_to_have() -> None:
-    lines = "".join(text for page in PAGES for language, text in blocks(page) if language == "bash")
+    followed = [block for page in PAGES if page not in SLOW for block in blocks(page)]
+    lines = "".join(text for language, text in followed if language == "bash")
     for start in (start for start, node in ELSEWHERE.items() if node == FOLLOWED):
         assert any(begins(line, start) for line in lines.splitlines()), start
 

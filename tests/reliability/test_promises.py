@@ -1,7 +1,7 @@
 """What docs/reliability.md promises: the fault provoked, on the real program.
 
-One test a promise by default or in CI; other forms, and the full one with dozens of faults, are
-`slow`. R9 needs several processes: `test_standstill.py`.
+What is not `slow` runs by default or in CI. Of R3, R4 and R5 all is: the part concerned has quick
+tests in `tests/checkpoints`. R9 needs several processes: `test_standstill.py`.
 """
 
 import random
