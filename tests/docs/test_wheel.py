@@ -1,6 +1,7 @@
 """A wheel of this repository, beside its dependencies and in an environment that holds nothing."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -33,7 +34,12 @@ def run(*command: object, cwd: Path, **variables: str) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, ROOT, cwd=folder)
+    # Of a copy: setuptools would take what builds before have left in the checkout.
+    copy = folder / "checkout"
+    copy.mkdir()
+    for name in ("stvit_jax", "pyproject.toml", "requirements.txt", "README.md"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, copy / name)
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, copy, cwd=folder)
     (path,) = folder.glob("*.whl")
     return path
 
